@@ -1,0 +1,311 @@
+"""Attention sites: where a network computes attention maps, what it computes them from, and how to switch one off
+
+A *site* is one call of a map-producing gate (A in the paper, Sec. 3.1). Modules are recognised by their class, through
+the table `READERS`; nothing is guessed from names. This file knows no critic and no reward.
+"""
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers.cbam import ChannelAttn, SpatialAttn
+from timm.layers.squeeze_excite import SEModule
+from timm.models import get_model_input_config
+from timm.utils import unwrap_model
+from torch import nn
+
+from dreal_timm.layers import SrmModule
+
+__all__ = [
+    'Group', 'Reader', 'Reading', 'Site', 'attention_parameters', 'bypass', 'find_sites', 'group_sites', 'read_map',
+    'record', 'register_attention', 'scratch_buffers',
+]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How to read the attention map of one class of modules.
+
+    Attributes:
+        kind: 'channel' (a map over C, (B, C, 1, 1)) or 'spatial' (a map over H x W, (B, 1, H, W)).
+        describe: (module, input (B, C, H, W)) -> (state, descriptors). The state is the input averaged down to the
+            map's own shape (the F~ of Eq. 2), the descriptors are the tensors that the map is computed from.
+        evaluate: (module, *descriptors) -> map. Must equal, bit for bit, the map that the module's forward uses.
+        gate: Name of the submodule whose output is the map.
+    """
+    kind: str
+    describe: Callable[[Any, torch.Tensor], tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
+    evaluate: Callable[..., torch.Tensor]
+    gate: str = 'gate'
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a map-producing gate.
+
+    Attributes:
+        name: Dotted path of the module that owns the gate, in the model.
+        kind: 'channel' or 'spatial', see `Reader`.
+        stage: Dotted path of the stage that the site belongs to.
+        size: Size of the map: (C,) or (H, W).
+    """
+    name: str
+    kind: str
+    stage: str
+    size: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The sites of one stage and one kind, in depth order, all with maps of one size: one critic judges them."""
+    name: str
+    stage: str
+    kind: str
+    size: tuple[int, ...]
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `record` saw at a site: the state, in the map's shape, and the descriptors; no tensor has a graph."""
+    state: torch.Tensor
+    descriptors: tuple[torch.Tensor, ...]
+
+
+def _describe_se(module: SEModule, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    state = x.mean((2, 3), keepdim=True)
+    pooled = 0.5 * state + 0.5 * x.amax((2, 3), keepdim=True) if module.add_maxpool else state
+    return state, (pooled,)
+
+
+def _describe_cbam_channel(module: ChannelAttn, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    state = x.mean((2, 3), keepdim=True)
+    return state, (state, x.amax((2, 3), keepdim=True))
+
+
+def _evaluate_cbam_channel(module: ChannelAttn, avg: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+    return module.gate(module.fc2(module.act(module.fc1(avg))) + module.fc2(module.act(module.fc1(peak))))
+
+
+def _describe_cbam_spatial(module: SpatialAttn, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    state = x.mean(1, keepdim=True)
+    return state, (torch.cat([state, x.amax(1, keepdim=True)], dim=1),)
+
+
+def _describe_srm(module: SrmModule, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    style = module.style_pool(x)
+    return style[:, :, :1, None], (style,)
+
+
+READERS: dict[type[nn.Module], Reader] = {
+    SEModule: Reader('channel', _describe_se, lambda m, x: m.gate(m.fc2(m.act(m.bn(m.fc1(x)))))),
+    ChannelAttn: Reader('channel', _describe_cbam_channel, _evaluate_cbam_channel),
+    SpatialAttn: Reader('spatial', _describe_cbam_spatial, lambda m, x: m.gate(m.conv(x))),
+    SrmModule: Reader('channel', _describe_srm, lambda m, style: m.style_integrate(style)),
+}
+
+
+def register_attention(cls: type[nn.Module], reader: Reader) -> None:
+    """Make `find_sites` recognise a class of attention modules (that class itself, not its subclasses).
+
+    Raises:
+        ValueError: The class has a reader already, or the reader's kind is unknown.
+    """
+    if cls in READERS:
+        raise ValueError(f'{cls.__name__} has a reader already.')
+    if reader.kind not in ('channel', 'spatial'):
+        raise ValueError(f"Unknown kind '{reader.kind}' of attention map, expected 'channel' or 'spatial'.")
+    READERS[cls] = reader
+
+
+def _reader(model: nn.Module, site: Site) -> tuple[nn.Module, Reader]:
+    module = model.get_submodule(site.name)
+    return module, READERS[type(module)]
+
+
+@contextmanager
+def _hooks(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module gets its own flag back, also where the flags were mixed."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def scratch_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the modules (not their children) write to copies of their buffers, and give them the originals back.
+
+    The tensors are swapped, not written back: autograd may have saved the originals for a backward pass to come.
+    """
+    saved = [(m, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None]
+    try:
+        for module, name, buffer in saved:
+            module._buffers[name] = buffer.clone()
+        yield
+    finally:
+        for module, name, buffer in saved:
+            module._buffers[name] = buffer
+
+
+def _trace(model: nn.Module, input_size: Sequence[int]) -> tuple[list[tuple[str, torch.Size]], list[str]]:
+    """Run the model once on the meta device, without a copy and without a trace.
+
+    Returns:
+        (name, shape of the map) of every gate call, and the order of events: the names of attention modules when they
+        are called, and of the modules in `feature_info` when they are done.
+    """
+    calls: list[tuple[str, torch.Size]] = []
+    events: list[str] = []
+    feature_info = getattr(model, 'feature_info', None) or []
+    features = [info['module'] for info in feature_info if info.get('module')]
+    known = dict(model.named_modules())
+    tensors = {n: t.to('meta') for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    def on_gate(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            calls.append((name, output.shape))
+            events.append(name)
+        return hook
+
+    def on_feature(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            events.append(name)
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(_eval_mode(model))
+        for name, module in known.items():
+            if (reader := READERS.get(type(module))) is not None:
+                handle = module.get_submodule(reader.gate).register_forward_hook(on_gate(name))
+                stack.enter_context(_hooks([handle]))
+        for name in features:
+            if name in known:
+                stack.enter_context(_hooks([known[name].register_forward_hook(on_feature(name))]))
+        stack.enter_context(torch.no_grad())
+        torch.func.functional_call(model, tensors, (torch.empty(2, *input_size, dtype=dtype, device='meta'),))
+    return calls, events
+
+
+def find_sites(model: nn.Module, input_size: Sequence[int] | None = None) -> list[Site]:
+    """List the attention sites of a model in the order in which a forward pass reaches them.
+
+    The model is run once on the meta device: nothing is computed and nothing in the model changes. The stage of a site
+    is the entry of `feature_info` that is done first after the site was called, or the site's top-level module where a
+    model has no `feature_info`. A spatial map of a single position is no site.
+
+    Args:
+        model: A timm model, or any model that takes one image tensor.
+        input_size: (C, H, W) of the images, which sizes spatial maps. None takes it from a timm model's config.
+
+    Raises:
+        ValueError: No `input_size` is given and the model is none of timm's, or a gate is called more than once.
+    """
+    model = unwrap_model(model)
+    if input_size is None:
+        if not hasattr(model, 'pretrained_cfg'):
+            raise ValueError(f'{type(model).__name__} is not a timm model: pass input_size=(C, H, W).')
+        input_size = get_model_input_config(model)['input_size']
+    if len(input_size) != 3:
+        raise ValueError(f'input_size must be (C, H, W), got {tuple(input_size)}.')
+    if not any(type(module) in READERS for module in model.modules()):
+        return []
+
+    calls, events = _trace(model, input_size)
+    sites = []
+    for name, shape in calls:
+        if events.count(name) > 1:
+            raise ValueError(f'The gate of {name} is called {events.count(name)} times in one forward pass.')
+        kind = READERS[type(model.get_submodule(name))].kind
+        size = (shape[1],) if kind == 'channel' else tuple(shape[2:])
+        if kind == 'spatial' and size == (1, 1):
+            continue
+        names = {name for name, _ in calls}
+        stage = next((event for event in events[events.index(name):] if event not in names), name.split('.')[0])
+        sites.append(Site(name, kind, stage, size))
+    return sites
+
+
+def group_sites(sites: Sequence[Site]) -> list[Group]:
+    """Group sites by stage, kind and map size, in the order of first appearance (Sec. 3.2: a critic for each stage,
+    and two of them where spatial and channel attention coexist)."""
+    members: dict[tuple[str, str, tuple[int, ...]], list[Site]] = {}
+    for site in sites:
+        members.setdefault((site.stage, site.kind, site.size), []).append(site)
+    several = [key[:2] for key in members]
+    groups = []
+    for (stage, kind, size), group in members.items():
+        name = f'{stage}_{kind}'.replace('.', '_')
+        if several.count((stage, kind)) > 1:
+            name += '_' + 'x'.join(map(str, size))
+        groups.append(Group(name, stage, kind, size, tuple(group)))
+    return groups
+
+
+@contextmanager
+def record(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Reading]]:
+    """Record state and descriptors of the sites in the forward passes inside the context.
+
+    Yields:
+        A dict from the name of a site to its `Reading`, filled as the model runs.
+    """
+    readings: dict[str, Reading] = {}
+
+    def on_input(name: str, reader: Reader) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            with torch.no_grad():
+                readings[name] = Reading(*reader.describe(module, args[0]))
+        return hook
+
+    with ExitStack() as stack:
+        for site in sites:
+            module, reader = _reader(model, site)
+            stack.enter_context(_hooks([module.register_forward_pre_hook(on_input(site.name, reader))]))
+        yield readings
+
+
+def read_map(model: nn.Module, site: Site, reading: Reading) -> torch.Tensor:
+    """Compute the map of a site from its reading: (B, C, 1, 1) or (B, 1, H, W).
+
+    The values are those of the recorded forward pass, the graph reaches the attention parameters and nothing upstream
+    of them. Buffers (of a batch norm in the gate) are left as they are.
+    """
+    module, reader = _reader(model, site)
+    with scratch_buffers([m for m in module.modules() if m.training]):
+        return reader.evaluate(module, *reading.descriptors)
+
+
+@contextmanager
+def bypass(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """Replace the map of each site by its own mean, per sample (A-bar in Eq. 1), in the passes inside the context."""
+
+    def flatten(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.mean(tuple(range(1, output.ndim)), keepdim=True).expand_as(output).contiguous()
+
+    with ExitStack() as stack:
+        for site in sites:
+            module, reader = _reader(model, site)
+            stack.enter_context(_hooks([module.get_submodule(reader.gate).register_forward_hook(flatten)]))
+        yield
+
+
+def attention_parameters(model: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Parameter]:
+    """Return the attention parameters (theta in the paper) of the sites by their name in the model."""
+    return {
+        f'{site.name}.{name}': parameter
+        for site in sites for name, parameter in _reader(model, site)[0].named_parameters()
+    }

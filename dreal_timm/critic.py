@@ -1,0 +1,136 @@
+"""Recurrent critics: one small recurrent network for each group of attention sites (Sec. 3.2, Eq. 2 and 3)
+
+Shape letters: B batch, L sites in a group, N positions of a map (C, or H * W).
+"""
+import logging
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ['CELLS', 'Critic', 'RecurrentCritic']
+
+_logger = logging.getLogger(__name__)
+
+CELLS: dict[str, type[nn.RNNCellBase]] = {'lstm': nn.LSTMCell, 'gru': nn.GRUCell}
+
+
+class RecurrentCritic(nn.Module):
+    """Judge the attention maps of one group, from the first block of the stage to the last.
+
+    Q_l is the hidden state after the cell has read (state, map) of site l; hidden and cell state start at zero (Sec.
+    4.1). With the paper's hidden size of 1 it is the output itself and lies in (-1, 1); a larger hidden size gets a
+    linear read-out, whose output is not bounded.
+
+    Weights start uniform in +-1/sqrt(fan-in), biases at zero. The paper does not say how they start. PyTorch draws a
+    cell's weights by its hidden size, which for a size of 1 is +-1: summed over 2N inputs, that saturates every gate.
+
+    All weights stay in float32 through `half()`, `bfloat16()`, `double()` and `to(dtype)`.
+
+    Args:
+        size: Size of the maps: (C,), or (H, W) of spatial maps. A spatial map of another size is average-pooled to it.
+        cell: 'lstm' (the paper's) or 'gru'.
+        hidden_size: Number of hidden units.
+        depth: Number of cells on top of each other.
+
+    Raises:
+        ValueError: Unknown cell, or a hidden size or depth below 1.
+    """
+
+    def __init__(
+            self,
+            size: tuple[int, ...],
+            cell: str = 'lstm',
+            hidden_size: int = 1,
+            depth: int = 1,
+            device=None,
+    ):
+        super().__init__()
+        if cell not in CELLS:
+            raise ValueError(f"Unknown critic cell '{cell}', expected one of {sorted(CELLS)}.")
+        if hidden_size < 1 or depth < 1:
+            raise ValueError(f'hidden_size and depth must be 1 or more, got {hidden_size} and {depth}.')
+        dd = {'device': device, 'dtype': torch.float32}
+        self.size = size
+        self.hidden_size = hidden_size
+        positions = size[0] if len(size) == 1 else size[0] * size[1]
+        inputs = [2 * positions] + [hidden_size] * (depth - 1)
+        self.cells = nn.ModuleList(CELLS[cell](n, hidden_size, **dd) for n in inputs)
+        self.readout = nn.Identity() if hidden_size == 1 else nn.Linear(hidden_size, 1, **dd)
+        self._told = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        for name, parameter in self.named_parameters():
+            if name.rpartition('.')[2].startswith('bias'):
+                nn.init.zeros_(parameter)
+            else:
+                bound = parameter.shape[1] ** -0.5
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def _apply(self, fn, *args, **kwargs):
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return super()._apply(keep_dtype, *args, **kwargs)
+
+    def _fit(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, C) or (B, L, H, W) -> (B, L, N)."""
+        if tuple(x.shape[2:]) == self.size:
+            return x.flatten(2)
+        if len(self.size) == 1 or x.ndim != 4:
+            raise ValueError(f'The critic was built for maps of size {self.size}, got {tuple(x.shape[2:])}.')
+        if not self._told:
+            _logger.info(f'Spatial maps of {tuple(x.shape[2:])} are pooled to the size of their critic, {self.size}.')
+            self._told = True
+        return F.adaptive_avg_pool2d(x, self.size).flatten(2)
+
+    def forward(self, state: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """Return the quality Q of each map, (B, L).
+
+        Args:
+            state: Reduced feature maps F~, (B, L, C) or (B, L, H, W), float32.
+            attention: Attention maps A, of the same shape.
+        """
+        x = torch.cat([self._fit(state), self._fit(attention)], dim=2)
+        hidden: list = [None] * len(self.cells)
+        quality = []
+        for y in x.unbind(1):
+            for i, cell in enumerate(self.cells):
+                hidden[i] = cell(y, hidden[i])
+                y = hidden[i][0] if isinstance(hidden[i], tuple) else hidden[i]
+            quality.append(self.readout(y))
+        return torch.cat(quality, dim=1)
+
+
+class Critic(nn.ModuleDict):
+    """The critics of all groups, by the name of the group.
+
+    Args:
+        sizes: Map size of each group, (C,) or (H, W).
+        seed: Seed of a generator of its own for the weights: building a critic draws nothing from the global one.
+        **kwargs: Passed to each `RecurrentCritic`.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, ...]], seed: int = 0, **kwargs):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            device = kwargs.pop('device', None)
+            super().__init__({name: RecurrentCritic(size, **kwargs) for name, size in sizes.items()})
+        if device is not None:
+            self.to(device) if torch.device(device).type != 'meta' else self.to_empty(device='meta')
+
+    def forward(
+            self,
+            states: Mapping[str, torch.Tensor],
+            maps: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Return the quality of all maps, (B, sum of L), group after group.
+
+        Args:
+            states: Reduced feature maps of each group, (B, L, C) or (B, L, H, W), float32.
+            maps: Attention maps of each group, of the same shapes.
+        """
+        return torch.cat([critic(states[name], maps[name]) for name, critic in self.items()], dim=1)

@@ -1,0 +1,1 @@
+from .srm import SrmModule as SrmModule

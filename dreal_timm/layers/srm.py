@@ -1,0 +1,60 @@
+"""Style-based Recalibration Module (SRM)
+
+Paper: `SRM: A Style-based Recalibration Module for Convolutional Neural Networks` - https://arxiv.org/abs/1903.10829
+"""
+import torch
+from torch import nn
+from timm.layers import create_act_layer
+
+__all__ = ['SrmModule']
+
+
+class SrmModule(nn.Module):
+    """Channel attention from the style (mean and standard deviation) of each channel.
+
+    Style pooling takes the mean and the standard deviation of every channel over its positions, style integration
+    turns the two numbers of a channel into one weight by a channel-wise fully connected layer (CFC), batch norm and a
+    sigmoid (Eq. 7 of the DREAL paper; Eq. 1 to 5 of the SRM paper). Parameters: 2 a channel for the CFC and 2 for the
+    batch norm. The batch norm needs more than one image a batch while it trains.
+
+    The standard deviation is sqrt(unbiased variance + eps). The variance of a single position is 0.
+
+    Args:
+        channels: Number of channels C of the input.
+        gate_layer: Activation that turns the integrated style into the map.
+        norm_layer: Norm layer after the CFC, called with the number of channels.
+        eps: Added to the variance before its square root.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            gate_layer: str | type[nn.Module] = 'sigmoid',
+            norm_layer: type[nn.Module] = nn.BatchNorm2d,
+            eps: float = 1e-5,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.eps = eps
+        # zero, as in the authors' code: every map starts as the constant gate(0)
+        self.cfc = nn.Parameter(torch.zeros(channels, 2, **dd))
+        self.bn = norm_layer(channels, **dd)
+        self.gate = create_act_layer(gate_layer)
+
+    def style_pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Return mean and standard deviation of each channel, (B, C, 2), of a feature map x (B, C, H, W)."""
+        x = x.flatten(2)
+        mean = x.mean(2, keepdim=True)
+        positions = x.shape[2]
+        variance = (x - mean).square().sum(2, keepdim=True) / max(positions - 1, 1)
+        return torch.cat([mean, (variance + self.eps).sqrt()], dim=2)
+
+    def style_integrate(self, style: torch.Tensor) -> torch.Tensor:
+        """Return the map (B, C, 1, 1) of a style (B, C, 2)."""
+        x = (style * self.cfc).sum(2)
+        return self.gate(self.bn(x[:, :, None, None]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.style_integrate(self.style_pool(x))

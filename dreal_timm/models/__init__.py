@@ -1,0 +1,1 @@
+from .dreal_resnet import *

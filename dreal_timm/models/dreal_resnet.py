@@ -1,0 +1,148 @@
+"""SE-, CBAM- and SRM-ResNets: timm's ResNet with the attention of the DREAL paper's Table 1
+
+Paper: `Deep Reinforced Attention Learning for Quality-Aware Visual Recognition` (ECCV 2020)
+
+* SE: `Squeeze-and-Excitation Networks` - https://arxiv.org/abs/1709.01507, timm's own module. The networks have the
+  state-dict keys and shapes of timm's `seresnet*`.
+* CBAM: `CBAM: Convolutional Block Attention Module` - https://arxiv.org/abs/1807.06521, timm's own module with
+  `mlp_bias=True`, which the paper's parameter counts need.
+* SRM: `SRM: A Style-based Recalibration Module` - https://arxiv.org/abs/1903.10829, `dreal_timm.layers.SrmModule`. The
+  DREAL paper's count for SRM (25.587M for 50 layers) leaves out the batch norm inside the module; with it there are
+  25,617,448 parameters.
+"""
+from functools import partial
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.cbam import CbamModule
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from dreal_timm.layers import SrmModule
+
+__all__: list[str] = []  # register_model adds every entry point
+
+_ATTENTION: dict[str, Any] = {
+    'se': 'se',
+    'cbam': partial(CbamModule, mlp_bias=True),
+    'srm': SrmModule,
+}
+_STAGES: dict[int, dict[str, Any]] = {
+    18: dict(block=BasicBlock, layers=(2, 2, 2, 2)),
+    34: dict(block=BasicBlock, layers=(3, 4, 6, 3)),
+    50: dict(block=Bottleneck, layers=(3, 4, 6, 3)),
+    101: dict(block=Bottleneck, layers=(3, 4, 23, 3)),
+    152: dict(block=Bottleneck, layers=(3, 8, 36, 3)),
+}
+
+
+def _create_dreal_resnet(attention: str, depth: int, pretrained: bool = False, **kwargs: Any) -> ResNet:
+    model_args = dict(_STAGES[depth], block_args=dict(attn_layer=_ATTENTION[attention]))
+    return build_model_with_cfg(ResNet, f'dreal_{attention}_resnet{depth}', pretrained, **dict(model_args, **kwargs))
+
+
+def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    f'dreal_{attention}_resnet{depth}.untrained': _cfg() for attention in _ATTENTION for depth in _STAGES
+})
+
+
+@register_model
+def dreal_se_resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """SE-ResNet-18."""
+    return _create_dreal_resnet('se', 18, pretrained, **kwargs)
+
+
+@register_model
+def dreal_se_resnet34(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """SE-ResNet-34."""
+    return _create_dreal_resnet('se', 34, pretrained, **kwargs)
+
+
+@register_model
+def dreal_se_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """SE-ResNet-50."""
+    return _create_dreal_resnet('se', 50, pretrained, **kwargs)
+
+
+@register_model
+def dreal_se_resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """SE-ResNet-101."""
+    return _create_dreal_resnet('se', 101, pretrained, **kwargs)
+
+
+@register_model
+def dreal_se_resnet152(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """SE-ResNet-152."""
+    return _create_dreal_resnet('se', 152, pretrained, **kwargs)
+
+
+@register_model
+def dreal_cbam_resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """CBAM-ResNet-18."""
+    return _create_dreal_resnet('cbam', 18, pretrained, **kwargs)
+
+
+@register_model
+def dreal_cbam_resnet34(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """CBAM-ResNet-34."""
+    return _create_dreal_resnet('cbam', 34, pretrained, **kwargs)
+
+
+@register_model
+def dreal_cbam_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """CBAM-ResNet-50."""
+    return _create_dreal_resnet('cbam', 50, pretrained, **kwargs)
+
+
+@register_model
+def dreal_cbam_resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """CBAM-ResNet-101."""
+    return _create_dreal_resnet('cbam', 101, pretrained, **kwargs)
+
+
+@register_model
+def dreal_cbam_resnet152(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """CBAM-ResNet-152."""
+    return _create_dreal_resnet('cbam', 152, pretrained, **kwargs)
+
+
+@register_model
+def dreal_srm_resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """SRM-ResNet-18."""
+    return _create_dreal_resnet('srm', 18, pretrained, **kwargs)
+
+
+@register_model
+def dreal_srm_resnet34(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """SRM-ResNet-34."""
+    return _create_dreal_resnet('srm', 34, pretrained, **kwargs)
+
+
+@register_model
+def dreal_srm_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """SRM-ResNet-50."""
+    return _create_dreal_resnet('srm', 50, pretrained, **kwargs)
+
+
+@register_model
+def dreal_srm_resnet101(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """SRM-ResNet-101."""
+    return _create_dreal_resnet('srm', 101, pretrained, **kwargs)
+
+
+@register_model
+def dreal_srm_resnet152(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """SRM-ResNet-152."""
+    return _create_dreal_resnet('srm', 152, pretrained, **kwargs)

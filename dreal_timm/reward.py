@@ -1,0 +1,58 @@
+"""The reward (Eq. 1), as pure functions of log-probabilities
+
+Shape letters: B batch, K classes, P probed sites.
+"""
+import torch
+
+__all__ = ['is_correct', 'reward', 'target_class']
+
+
+def target_class(target: torch.Tensor) -> torch.Tensor:
+    """Return the ground truth class c of each sample, (B,).
+
+    Args:
+        target: Class indices (B,), or soft targets (B, K) from mixup, cutmix or smoothing, whose arg max is c.
+
+    Raises:
+        ValueError: The target has neither shape.
+    """
+    if target.ndim not in (1, 2):
+        raise ValueError(f'Expected class indices (B,) or soft targets (B, K), got shape {tuple(target.shape)}.')
+    return target if target.ndim == 1 else target.argmax(dim=1)
+
+
+def is_correct(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return for each sample whether its class wins or ties (p_c >= p_i for all i, the first case of Eq. 1), (B,).
+
+    Args:
+        log_probs: Log-probabilities of the judged pass, (B, K).
+        target: Class indices, (B,).
+    """
+    return log_probs.gather(1, target[:, None]).squeeze(1) >= log_probs.amax(dim=1)
+
+
+def reward(
+        log_probs: torch.Tensor,
+        bypassed: torch.Tensor,
+        target: torch.Tensor,
+        gamma: float = 1.0,
+        clip: float | None = 1.0,
+) -> torch.Tensor:
+    """Return the reward R of each sample and probed site, (B, P), float32.
+
+    R = 1 - p_c(bypassed) / p_c for a sample whose class wins or ties, -gamma for any other (Eq. 1).
+
+    Args:
+        log_probs: Log-probabilities of the judged pass, (B, K).
+        bypassed: Log-probability of class c with the map of a probed site replaced by its mean, (B, P). A NaN (not
+            probed) stays NaN.
+        target: Class indices c, (B,).
+        gamma: Penalty of a sample that is not classified as its class.
+        clip: R is clamped to [-clip, clip], since the critic's output lies in (-1, 1); None is the literal equation.
+    """
+    judged = log_probs.gather(1, target[:, None])
+    gain = -torch.expm1(bypassed - judged)
+    if clip is not None:
+        gain = gain.clamp(-clip, clip)
+    penalty = torch.full_like(gain, -gamma).where(~bypassed.isnan(), bypassed)
+    return gain.where(is_correct(log_probs, target)[:, None], penalty).float()

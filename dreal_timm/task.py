@@ -1,0 +1,370 @@
+"""The training task: timm's ClassificationTask with a critic (Sec. 3.4, Algorithm 1)
+
+Shape letters: B batch, K classes, L sites of all groups, P probed sites.
+"""
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from timm.optim import auto_group_layers
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from dreal_timm.attention import (
+    READERS, Group, attention_parameters, find_sites, group_sites, read_map, record,
+)
+from dreal_timm.critic import Critic
+from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
+from dreal_timm.probe import PROBES, Judged, check_probeable, counterfactual, log_probabilities, record_norms, rng_state
+from dreal_timm.reward import is_correct, reward, target_class
+from dreal_timm.rotation import Rotation
+
+__all__ = ['DrealTask', 'DrealTrainableModule']
+
+_logger = logging.getLogger(__name__)
+
+
+class DrealTrainableModule(nn.Module):
+    """Model and critic in one module: all that is trained is called inside forward(), as DDP needs.
+
+    Args:
+        model: The network.
+        critic: The critics of its groups.
+        groups: Its attention sites, grouped.
+        rotation: Counter of steps and epochs; `train(True)` after at least one step begins an epoch.
+    """
+
+    def __init__(self, model: nn.Module, critic: Critic, groups: Sequence[Group], rotation: Rotation):
+        super().__init__()
+        self.model = model
+        self.critic = critic
+        self.groups = list(groups)
+        self.rotation = rotation
+
+    def train(self, mode: bool = True) -> 'DrealTrainableModule':
+        if mode:
+            self.rotation.begin_epoch()
+        return super().train(mode)
+
+    def no_weight_decay(self) -> set[str]:
+        names = getattr(self.model, 'no_weight_decay', set)()
+        return {f'model.{name}' for name in names} | {'critic.*'}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layers of the model for layer-wise lr decay; the critic belongs to the last one, whose factor is 1."""
+        if hasattr(self.model, 'group_matcher'):
+            layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        else:
+            layers = auto_group_layers(self.model)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix('model.'), last) if name.startswith('model.') else last
+
+    def _judge(self, readings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quality of the maps as the actor sees it (critic detached) and as the critic does (maps detached)."""
+        states, maps = {}, {}
+        for group in self.groups:
+            shape = (-1, 1, *(group.size if group.kind == 'channel' else readings[group.sites[0].name].state.shape[2:]))
+            states[group.name] = torch.cat(
+                [readings[site.name].state.reshape(shape).float() for site in group.sites], dim=1)
+            maps[group.name] = torch.cat(
+                [read_map(self.model, site, readings[site.name]).reshape(shape).float() for site in group.sites], dim=1)
+        with torch.autocast(self._device_type(), enabled=False):
+            frozen = {name: parameter.detach() for name, parameter in self.critic.named_parameters()}
+            actor = torch.func.functional_call(self.critic, frozen, (states, maps))
+            critic = self.critic(states, {name: attention.detach() for name, attention in maps.items()})
+        return actor, critic
+
+    def _device_type(self) -> str:
+        return next(self.model.parameters()).device.type
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Run the judged pass and judge its maps.
+
+        Args:
+            input: Images, (B, C, H, W).
+
+        Returns:
+            Logits (B, K); quality of all maps (B, L) with a graph to the attention parameters alone; the same
+            numbers with a graph to the critic alone; and the statistics of the batch norms.
+        """
+        sites = [site for group in self.groups for site in group.sites]
+        with record(self.model, sites) as readings, record_norms(self.model) as norms:
+            output = self.model(input)
+        actor, critic = self._judge(readings)
+        return output, actor, critic, norms
+
+
+class DrealTask(ClassificationTask):
+    """Deep reinforced attention learning, in the place of timm's ClassificationTask.
+
+    In training mode one call runs the judged pass, lets the critics judge every attention map (Q), measures by
+    counterfactual passes how much the probed maps helped (R), and returns
+
+        loss = L_c + actor_weight * L_q + L_r                                                     (Sec. 3.4)
+
+    with one graph for one `backward()`, in which the backbone learns from the class loss L_c alone, attention
+    parameters from L_c and L_q (Eq. 8), and the critic from L_r alone (Eq. 9; Algorithm 1, l. 10 to 12). In evaluation
+    mode, or without gradients, it returns the class loss.
+
+    The trainable module is model and critic; the eval model, and every saved `state_dict`, is the model alone. The
+    critic's weights and the count of epochs are the task's own state (`task_state` in timm's checkpoints).
+
+    Args:
+        model: A model with attention sites, see `dreal_timm.find_sites`.
+        criterion: Loss function. Created from criterion_kwargs when None.
+        criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
+        device: Device for task tensors/buffers.
+        dtype: Dtype for task tensors/buffers.
+        verbose: Enable info logging.
+        gamma: Penalty of a wrongly classified sample (Eq. 1).
+        actor_weight: Weight of L_q. With 0 the model learns exactly as it does without a critic.
+        probe: How rewards are measured: 'exact', a full counterfactual pass for each group.
+        rotate: When another site of each group is probed: 'epoch' (Sec. 4.1), 'step', or a number of steps. An epoch
+            begins at `train()` of the trainable module after at least one step, or at `set_epoch()`.
+        reward_clip: Rewards are clamped to [-reward_clip, reward_clip]; None is the literal Eq. 1.
+        probe_dtype: 'float32' measures rewards in float32 under autocast, at the price of one more pass.
+        input_size: (C, H, W) of the images, which sizes the critics of spatial maps. None takes the model's config.
+        seed: Seed of the critic's weights and of the draw of sites.
+        critic_cell: 'lstm' (Sec. 3.2) or 'gru'.
+        critic_hidden_size: Hidden units of a critic; other than 1, a linear read-out follows.
+        critic_depth: Cells of a critic on top of each other.
+
+    Raises:
+        ValueError: The model has no attention site, none of its attention parameters is trainable, one of its layers
+            cannot be probed, gamma is larger than reward_clip, or an option has an unknown value.
+
+    Examples:
+
+        ```python
+        model = timm.create_model('dreal_se_resnet50')
+        task = DrealTask(model, criterion_kwargs=dict(smoothing=0.1))
+        optimizer = timm.optim.create_optimizer_v2(task.get_trainable_module(), 'sgd', lr=0.1)
+        task.get_trainable_module().train()
+        result = task(input, target)
+        result['loss'].backward()
+        ```
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            criterion: nn.Module | Callable | None = None,
+            criterion_kwargs: dict[str, Any] | None = None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+            *,
+            gamma: float = 1.0,
+            actor_weight: float = 1.0,
+            probe: str = 'exact',
+            rotate: str | int = 'epoch',
+            reward_clip: float | None = 1.0,
+            probe_dtype: str | torch.dtype | None = None,
+            input_size: Sequence[int] | None = None,
+            seed: int = 0,
+            critic_cell: str = 'lstm',
+            critic_hidden_size: int = 1,
+            critic_depth: int = 1,
+    ):
+        super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
+        if reward_clip is not None and not 0 < gamma <= reward_clip:
+            raise ValueError(f'gamma must lie in (0, reward_clip], got gamma={gamma} and reward_clip={reward_clip}.')
+        if probe not in PROBES:
+            raise ValueError(f"Unknown probe '{probe}', expected one of {sorted(PROBES)}.")
+        if probe_dtype not in (None, 'float32', torch.float32):
+            raise ValueError(f"probe_dtype must be None or 'float32', got {probe_dtype!r}.")
+        model = unwrap_model(model)
+        groups = group_sites(find_sites(model, input_size))
+        if not groups:
+            raise ValueError(
+                f'{type(model).__name__} has no attention site, so there is nothing to reinforce. '
+                f'Sites are the gates of {", ".join(sorted(cls.__name__ for cls in READERS))}. '
+                "timm.list_models('dreal_*') lists networks that have them, dreal_timm.find_sites(model) tells of any "
+                'network, and dreal_timm.register_attention() adds a class of modules.'
+            )
+        check_probeable(model)
+        self.gamma = gamma
+        self.actor_weight = actor_weight
+        self.reward_clip = reward_clip
+        self.probe = PROBES[probe](groups, dtype=None if probe_dtype is None else torch.float32)
+        critic = Critic(
+            {group.name: group.size for group in groups},
+            seed=seed,
+            cell=critic_cell,
+            hidden_size=critic_hidden_size,
+            depth=critic_depth,
+            device=next(model.parameters()).device,
+        )
+        rotation = Rotation([(group.stage, len(group.sites)) for group in groups], seed, rotate)
+        self.trainable_module = DrealTrainableModule(model, critic, groups, rotation)
+        self._check_trainable()
+        self._noise_logged = False
+        if verbose:
+            _logger.info(
+                f'DrealTask: {sum(len(group.sites) for group in groups)} attention sites in {len(groups)} groups, '
+                f'{sum(p.numel() for p in critic.parameters())} critic parameters, probe={probe}, rotate={rotate}'
+            )
+
+    @property
+    def _trainable(self) -> DrealTrainableModule:
+        return unwrap_model(self.trainable_module)
+
+    @property
+    def groups(self) -> list[Group]:
+        """Groups of attention sites, one critic each."""
+        return self._trainable.groups
+
+    def _check_trainable(self) -> None:
+        sites = [site for group in self.groups for site in group.sites]
+        if not any(p.requires_grad for p in attention_parameters(self._trainable.model, sites).values()):
+            raise ValueError('All attention parameters are frozen (requires_grad=False): L_q has nothing to train.')
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the given epoch, in place of counting the calls of `train()`."""
+        self._trainable.rotation.begin_epoch(epoch)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
+        """Forward pass, judgement and losses.
+
+        Args:
+            input: Images, (B, C, H, W).
+            target: Class indices (B,), or soft targets (B, K).
+
+        Returns:
+            Dictionary containing:
+                - 'loss': Loss to call backward() on
+                - 'output': Logits, (B, K)
+            and in training mode, detached, for logging:
+                - 'class_loss', 'actor_loss' (not weighted), 'critic_loss'
+                - 'probed': Names of the P sites that were probed
+                - 'reward', 'quality': (B, P) float32, NaN where a sample was not probed
+        """
+        trainable = self._trainable
+        if not (trainable.training and torch.is_grad_enabled()):
+            output = self.get_eval_model()(input)
+            return {'loss': self.criterion(output, target), 'output': output}
+
+        rng = rng_state(input.device)
+        output, actor_quality, critic_quality, norms = self.trainable_module(input)
+        if not actor_quality.requires_grad:
+            self._check_trainable()
+        class_loss = self.criterion(output, target)
+
+        judged = Judged(input, norms, rng)
+        probed = self.probe.sites(trainable.rotation.draw())
+        rewards = self._rewards(judged, output.detach(), target, [site for _, site in probed])
+        with torch.autocast(input.device.type, enabled=False):
+            columns = [self._column(site.name) for _, site in probed]
+            quality = critic_quality[:, columns]
+            l_q = actor_loss(actor_quality).mean()
+            l_r = reduce_critic_loss(critic_loss(quality, rewards), [group for group, _ in probed])
+            # 0 times the sum: every critic parameter has a gradient in every step, as DDP needs
+            loss = class_loss + self.actor_weight * l_q + l_r + 0 * critic_quality.sum()
+        trainable.rotation.advance()
+        return {
+            'loss': loss,
+            'output': output,
+            'class_loss': class_loss.detach(),
+            'actor_loss': l_q.detach(),
+            'critic_loss': l_r.detach(),
+            'probed': [site.name for _, site in probed],
+            'reward': rewards,
+            'quality': quality.detach().where(~rewards.isnan(), torch.full_like(rewards, float('nan'))),
+        }
+
+    def _column(self, name: str) -> int:
+        return [site.name for group in self.groups for site in group.sites].index(name)
+
+    @torch.no_grad()
+    def _rewards(
+            self,
+            judged: Judged,
+            output: torch.Tensor,
+            target: torch.Tensor,
+            sites: Sequence[Any],
+    ) -> torch.Tensor:
+        """Reward of each sample and site, (B, P)."""
+        model = self._trainable.model
+        target = target_class(target)
+        log_probs = log_probabilities(output)
+        reference = self.probe.reference(model, judged, log_probs)
+        bypassed = self.probe(model, judged, target, sites)
+        rewards = reward(reference, bypassed, target, gamma=self.gamma, clip=self.reward_clip)
+        if not self._noise_logged and output.dtype in (torch.float16, torch.bfloat16):
+            self._noise_logged = True
+            self._log_noise(judged, log_probs, target, rewards)
+        return rewards
+
+    def _log_noise(
+            self,
+            judged: Judged,
+            log_probs: torch.Tensor,
+            target: torch.Tensor,
+            rewards: torch.Tensor,
+    ) -> None:
+        """Log how far a pass that bypasses nothing is from the judged one, beside the spread of the rewards."""
+        if self.probe.dtype is not None:
+            return
+        null = counterfactual(self._trainable.model, judged, [])
+        noise = (null - log_probs).gather(1, target[:, None]).square().mean().sqrt().item()
+        right = rewards[is_correct(log_probs, target)]
+        spread = right.std().item() if right.numel() > 1 else float('nan')
+        _logger.info(
+            f'Low precision: a pass that changes nothing moves log p by {noise:.2g} (rms); the rewards of correctly '
+            f"classified samples have a standard deviation of {spread:.2g}. probe_dtype='float32' removes the noise."
+        )
+
+    def compile(
+            self,
+            backend: str = 'inductor',
+            mode: str | None = None,
+            **compile_kwargs: Any,
+    ) -> nn.Module:
+        """Compile train and eval entry points; draws and probes stay outside."""
+        trainable = self._trainable
+        self.eval_model = torch.compile(trainable.model, backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = torch.compile(trainable, backend=backend, mode=mode, **compile_kwargs)
+        return self.eval_model
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """Return the model without its critic."""
+        resolved = super().get_eval_model(module=module, ema=ema)
+        trainable = None if resolved is None else unwrap_model(resolved)
+        return trainable.model if isinstance(trainable, DrealTrainableModule) else resolved
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Return the model's parameters (the critic is not clipped), less those of its classifier if asked."""
+        model = self._trainable.model
+        head: set[int] = set()
+        if exclude_head and hasattr(model, 'get_classifier'):
+            head = {id(parameter) for parameter in model.get_classifier().parameters()}
+        return [parameter for parameter in model.parameters() if id(parameter) not in head]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return the critic's weights and the count of steps and epochs."""
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        if module is None:
+            return {}
+        trainable = unwrap_model(module)
+        return {'critic': trainable.critic.state_dict(), 'rotation': trainable.rotation.state_dict()}
+
+    def load_task_state(
+            self,
+            state: dict[str, Any] | None,
+            strict: bool = True,
+            module: nn.Module | None = None,
+            ema: bool = False,
+    ) -> None:
+        """Load what `get_task_state` returned. A checkpoint without it (of plain training) leaves a fresh critic."""
+        if not state:
+            _logger.info('The checkpoint holds no critic: it starts fresh.')
+            return
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        if module is None:
+            raise RuntimeError('Cannot load EMA task state before setup_ema().')
+        trainable = unwrap_model(module)
+        trainable.critic.load_state_dict(state['critic'], strict=strict)
+        trainable.rotation.load_state_dict(state['rotation'])
