@@ -3,7 +3,8 @@
 Shape letters: B batch, L sites in a group, N positions of a map (C, or H * W).
 """
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class RecurrentCritic(nn.Module):
             cell: str = 'lstm',
             hidden_size: int = 1,
             depth: int = 1,
-            device=None,
+            device: torch.device | str | None = None,
     ):
         super().__init__()
         if cell not in CELLS:
@@ -70,7 +71,7 @@ class RecurrentCritic(nn.Module):
                 bound = parameter.shape[1] ** -0.5
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def _apply(self, fn, *args, **kwargs):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> 'RecurrentCritic':
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -85,7 +86,7 @@ class RecurrentCritic(nn.Module):
         if not self._told:
             _logger.info(f'Spatial maps of {tuple(x.shape[2:])} are pooled to the size of their critic, {self.size}.')
             self._told = True
-        return F.adaptive_avg_pool2d(x, self.size).flatten(2)
+        return F.adaptive_avg_pool2d(x, (self.size[0], self.size[1])).flatten(2)
 
     def forward(self, state: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Return the quality Q of each map, (B, L).
@@ -114,7 +115,7 @@ class Critic(nn.ModuleDict):
         **kwargs: Passed to each `RecurrentCritic`.
     """
 
-    def __init__(self, sizes: Mapping[str, tuple[int, ...]], seed: int = 0, **kwargs):
+    def __init__(self, sizes: Mapping[str, tuple[int, ...]], seed: int = 0, **kwargs: Any):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             device = kwargs.pop('device', None)

@@ -96,7 +96,8 @@ def _batch_stats(module: nn.Module, x: torch.Tensor) -> Stats:
     mean = mean.flatten()
     if isinstance(module, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1:
         mean, variance = _join_stats(mean, variance, x.numel() // x.shape[1], module.process_group)
-    dtype = module.weight.dtype if getattr(module, 'weight', None) is not None else mean.dtype
+    weight = getattr(module, 'weight', None)
+    dtype = mean.dtype if weight is None else weight.dtype
     return mean.to(dtype), variance.to(dtype)
 
 

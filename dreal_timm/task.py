@@ -4,7 +4,7 @@ Shape letters: B batch, K classes, L sites of all groups, P probed sites.
 """
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models import group_parameters
@@ -13,9 +13,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from dreal_timm.attention import (
-    READERS, Group, attention_parameters, find_sites, group_sites, read_map, record,
-)
+from dreal_timm.attention import READERS, Group, attention_parameters, find_sites, group_sites, read_map, record
 from dreal_timm.critic import Critic
 from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
 from dreal_timm.probe import PROBES, Judged, check_probeable, counterfactual, log_probabilities, record_norms, rng_state
@@ -50,13 +48,14 @@ class DrealTrainableModule(nn.Module):
         return super().train(mode)
 
     def no_weight_decay(self) -> set[str]:
-        names = getattr(self.model, 'no_weight_decay', set)()
+        names: set[str] = getattr(self.model, 'no_weight_decay', set)()
         return {f'model.{name}' for name in names} | {'critic.*'}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Layers of the model for layer-wise lr decay; the critic belongs to the last one, whose factor is 1."""
-        if hasattr(self.model, 'group_matcher'):
-            layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        matcher = getattr(self.model, 'group_matcher', None)
+        if matcher is not None:
+            layers = group_parameters(self.model, matcher(coarse=coarse), reverse=True)
         else:
             layers = auto_group_layers(self.model)
         last = max(layers.values(), default=0)
@@ -199,7 +198,7 @@ class DrealTask(ClassificationTask):
             device=next(model.parameters()).device,
         )
         rotation = Rotation([(group.stage, len(group.sites)) for group in groups], seed, rotate)
-        self.trainable_module = DrealTrainableModule(model, critic, groups, rotation)
+        self.trainable_module: nn.Module = DrealTrainableModule(model, critic, groups, rotation)
         self._check_trainable()
         self._noise_logged = False
         if verbose:
@@ -244,7 +243,9 @@ class DrealTask(ClassificationTask):
         """
         trainable = self._trainable
         if not (trainable.training and torch.is_grad_enabled()):
-            output = self.get_eval_model()(input)
+            model = self.get_eval_model()
+            assert model is not None
+            output = model(input)
             return {'loss': self.criterion(output, target), 'output': output}
 
         rng = rng_state(input.device)
@@ -325,8 +326,9 @@ class DrealTask(ClassificationTask):
     ) -> nn.Module:
         """Compile train and eval entry points; draws and probes stay outside."""
         trainable = self._trainable
-        self.eval_model = torch.compile(trainable.model, backend=backend, mode=mode, **compile_kwargs)
-        self.trainable_module = torch.compile(trainable, backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = cast(nn.Module, torch.compile(trainable.model, backend=backend, mode=mode, **compile_kwargs))
+        self.trainable_module = cast(
+            nn.Module, torch.compile(trainable, backend=backend, mode=mode, **compile_kwargs))
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
@@ -338,9 +340,10 @@ class DrealTask(ClassificationTask):
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return the model's parameters (the critic is not clipped), less those of its classifier if asked."""
         model = self._trainable.model
+        get_classifier = getattr(model, 'get_classifier', None)
         head: set[int] = set()
-        if exclude_head and hasattr(model, 'get_classifier'):
-            head = {id(parameter) for parameter in model.get_classifier().parameters()}
+        if exclude_head and get_classifier is not None:
+            head = {id(parameter) for parameter in get_classifier().parameters()}
         return [parameter for parameter in model.parameters() if id(parameter) not in head]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:

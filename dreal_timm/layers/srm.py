@@ -3,8 +3,8 @@
 Paper: `SRM: A Style-based Recalibration Module for Convolutional Neural Networks` - https://arxiv.org/abs/1903.10829
 """
 import torch
-from torch import nn
 from timm.layers import create_act_layer
+from torch import nn
 
 __all__ = ['SrmModule']
 
@@ -32,8 +32,8 @@ class SrmModule(nn.Module):
             gate_layer: str | type[nn.Module] = 'sigmoid',
             norm_layer: type[nn.Module] = nn.BatchNorm2d,
             eps: float = 1e-5,
-            device=None,
-            dtype=None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()

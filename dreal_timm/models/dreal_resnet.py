@@ -53,6 +53,12 @@ def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def timm_architecture(name: str) -> str | None:
+    """Return the name under which timm itself has this network, or None where it does not."""
+    prefix = 'dreal_se_resnet'
+    return f'seresnet{name.removeprefix(prefix)}' if name.startswith(prefix) else None
+
+
 default_cfgs = generate_default_cfgs({
     f'dreal_{attention}_resnet{depth}.untrained': _cfg() for attention in _ATTENTION for depth in _STAGES
 })

@@ -1,0 +1,122 @@
+"""The command line: `dreal-timm train | validate | recipes | data`"""
+import argparse
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreal_timm.version import __version__
+
+__all__ = ['main']
+
+
+def _train(args: argparse.Namespace) -> None:
+    from dreal_timm.train import load_config, run
+    results = run(load_config(args.recipe, args.settings))
+    metrics = results['metrics']
+    print(f"top-1 accuracy {metrics['top1']:.2f} % (epoch {results['best_epoch'] + 1} of {len(results['epochs'])})")
+    print(f"exported model {results['model']}")
+    print('load it with   ' + _loading_line(results['model']))
+
+
+def _loading_line(directory: str) -> str:
+    architecture = json.loads((Path(directory) / 'config.json').read_text(encoding='utf-8'))['architecture']
+    imports = 'import timm, dreal_timm' if architecture.startswith('dreal_') else 'import timm'
+    return f"{imports}; model = timm.create_model('local-dir:{directory}', pretrained=True)"
+
+
+def _validate(args: argparse.Namespace) -> None:
+    from dreal_timm.train.validate import validate
+    results = validate(
+        args.model, args.data, dataset=args.dataset, split=args.split, checkpoint=args.checkpoint,
+        batch_size=args.batch_size, workers=args.workers, device=args.device,
+    )
+    print(json.dumps(results, indent=2))
+    if args.results:
+        Path(args.results).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    from dreal_timm.train import find_recipe, list_recipes
+    if args.copy:
+        source, target = find_recipe(args.copy), Path(args.to)
+        target = target / source.name if target.is_dir() else target
+        if target.exists():
+            raise FileExistsError(f'{target} exists: choose another place with --to.')
+        shutil.copyfile(source, target)
+        print(target)
+        return
+    for name, path in list_recipes().items():
+        title = path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
+        print(f'{name:20} {title}')
+
+
+def _data(args: argparse.Namespace) -> None:
+    from dreal_timm.data import prepare_digits, prepare_fashion_mnist
+    if args.name == 'digits':
+        counts = prepare_digits(args.directory)
+    else:
+        counts = prepare_fashion_mnist(args.directory, args.source)
+    print(f"{args.directory}: {counts['train']:,} images to train on, {counts['validation']:,} to validate on")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='dreal-timm', description='Deep reinforced attention learning (DREAL) for timm models.')
+    parser.add_argument('--version', action='version', version=f'dreal_timm {__version__}')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    train = commands.add_parser('train', help='train a network from a recipe and export it')
+    train.add_argument('recipe', metavar='RECIPE', help='file, or name of one of the recipes of the package')
+    train.add_argument('settings', metavar='KEY=VALUE', nargs='*', help='settings in place of the recipe\'s')
+    train.set_defaults(function=_train)
+
+    validate = commands.add_parser('validate', help='measure the accuracy of a network')
+    validate.add_argument('model', metavar='MODEL_OR_DIR', help='name of a model, hf-hub:USER/NAME, or a folder')
+    validate.add_argument('--data', metavar='DIR', required=True, help='folder of the data set')
+    validate.add_argument('--dataset', metavar='NAME', default='', help='kind/name as in a recipe (image folder)')
+    validate.add_argument('--split', default='validation', help='split to validate on (validation)')
+    validate.add_argument('--checkpoint', metavar='FILE', default='', help='weights to load')
+    validate.add_argument('--batch-size', metavar='N', type=int, default=128, help='images a step (128)')
+    validate.add_argument('--workers', metavar='N', type=int, default=2, help='loader processes (2)')
+    validate.add_argument('--device', default=None, help='device (an accelerator where there is one)')
+    validate.add_argument('--results', metavar='FILE', default='', help='write the results to a JSON file as well')
+    validate.set_defaults(function=_validate)
+
+    recipes = commands.add_parser('recipes', help='list the recipes of the package, or copy one')
+    recipes.add_argument('--copy', metavar='NAME', default='', help='recipe to copy')
+    recipes.add_argument('--to', metavar='PATH', default='.', help='where to copy it to (this folder)')
+    recipes.set_defaults(function=_recipes)
+
+    data = commands.add_parser('data', help='prepare a small real data set')
+    data.add_argument('name', choices=('digits', 'fashion-mnist'), help='data set')
+    data.add_argument('directory', metavar='DIR', help='folder to write')
+    data.add_argument('--source', metavar='DIR', default=None, help='folder with the gz files of Fashion-MNIST')
+    data.set_defaults(function=_data)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 2 after an error of the user's, told in one line."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
+    for name in ('timm', 'accelerate', 'httpx', 'huggingface_hub'):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        args.function(args)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if args.debug:
+            raise
+        print(f'dreal-timm {args.command}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f'dreal-timm {args.command}: interrupted', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,3 @@
+"""Small real data sets, prepared for training without a download."""
+from .digits import prepare_digits as prepare_digits
+from .fashion_mnist import prepare_fashion_mnist as prepare_fashion_mnist

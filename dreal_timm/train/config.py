@@ -1,0 +1,124 @@
+"""Recipes: where they are found, and how one becomes a configuration"""
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+
+import dreal_timm
+from dreal_timm.train.keys import DREAL_KEYS, KEYS, Key, convert
+
+__all__ = ['find_recipe', 'list_recipes', 'load_config', 'to_dict']
+
+
+def _recipe_dir() -> Path:
+    package = Path(dreal_timm.__file__).parent
+    installed = package / 'recipes'  # in a wheel
+    return installed if installed.is_dir() else package.parent / 'recipes'  # in a checkout
+
+
+def list_recipes() -> dict[str, Path]:
+    """Return the recipes of the package by their names."""
+    return {path.stem: path for path in sorted(_recipe_dir().glob('*.yaml'))}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the file of a recipe, given as a path or as the name of one of ours.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    recipes = list_recipes()
+    if str(name) in recipes:
+        return recipes[str(name)]
+    raise FileNotFoundError(
+        f"No recipe '{name}'{nearest(str(name), recipes)}: neither a file nor one of {', '.join(recipes)}.")
+
+
+def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """Return a hint at the most similar known name, for the middle of a message, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{matches[0]}'?)" if matches else ''
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """['dreal.enabled=false', 'epochs=3'] -> {'dreal': {'enabled': False}, 'epochs': 3}."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, text = override.partition('=')
+        if not equals or not name:
+            raise ValueError(f"Expected key=value, got '{override}'.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        *parents, leaf = name.split('.')
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"'{override}': {parent} is given a value of its own as well.")
+        target[leaf] = value
+    return values
+
+
+def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in override.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged
+
+
+def _resolve(values: Mapping[str, Any], keys: Sequence[Key], where: str) -> dict[str, Any]:
+    known = {key.name: key for key in keys}
+    for name, value in values.items():
+        # timm writes all of its keys into args.yaml: those without a value ask for nothing
+        if name not in known and value not in (None, False, '', [], {}):
+            raise ValueError(f"Unknown key '{where}{name}'{nearest(str(name), known)}.")
+    resolved = {}
+    for key in keys:
+        value = values.get(key.name, key.default)
+        if value is None and not key.nullable:
+            value = key.default
+        resolved[key.name] = convert(key, value, where)
+    return resolved
+
+
+def load_config(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> SimpleNamespace:
+    """Return the configuration of a recipe: every key with its value, DREAL's own as `config.dreal`.
+
+    Args:
+        recipe: File or name of a recipe, or its keys and values.
+        overrides: Further 'key=value' settings, such as 'epochs=3' or 'dreal.enabled=false'.
+
+    Raises:
+        FileNotFoundError: No such recipe.
+        ValueError: A key is unknown, or a value has the wrong type.
+    """
+    if isinstance(recipe, Mapping):
+        values: Any = dict(recipe)
+    else:
+        path = find_recipe(recipe)
+        try:
+            values = yaml.safe_load(path.read_text(encoding='utf-8'))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f'{path} is no YAML file: {str(error).splitlines()[0]}') from None
+        if not isinstance(values, dict):
+            raise ValueError(f'{path} holds no keys and values.')
+    values = _merge(values, _parse_overrides(overrides))
+    dreal = values.pop('dreal', None) or {}
+    if not isinstance(dreal, dict):
+        raise ValueError(f'dreal: expected a mapping, got {dreal!r}.')
+    config = SimpleNamespace(**_resolve(values, KEYS, ''))
+    config.dreal = SimpleNamespace(**_resolve(dreal, DREAL_KEYS, 'dreal.'))
+    return config
+
+
+def to_dict(config: SimpleNamespace) -> dict[str, Any]:
+    """Return the configuration as plain keys and values, as `load_config` takes them."""
+    return {**vars(config), 'dreal': dict(vars(config.dreal))}
