@@ -1,0 +1,141 @@
+"""Slow, independent versions of the method, written from the equations and without the package
+
+Forward passes are the network's own; maps, batch norms and rewards are computed by hand.
+"""
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers.cbam import ChannelAttn, SpatialAttn
+from timm.layers.squeeze_excite import SEModule
+from torch import nn
+
+from dreal_timm.layers import SrmModule
+
+
+def conv_by_hand(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, module.weight, module.bias, module.stride, module.padding)
+
+
+def map_by_hand(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The attention map of a module for its input, from Eq. 4 to 7; batch norms are called as they are."""
+    if isinstance(module, SEModule):
+        return torch.sigmoid(conv_by_hand(module.fc2, F.relu(conv_by_hand(module.fc1, x.mean((2, 3), keepdim=True)))))
+    if isinstance(module, ChannelAttn):
+        branches = [
+            conv_by_hand(module.fc2, F.relu(conv_by_hand(module.fc1, pooled)))
+            for pooled in (x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True))
+        ]
+        return torch.sigmoid(branches[0] + branches[1])
+    if isinstance(module, SpatialAttn):
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
+        return torch.sigmoid(module.conv.bn(conv_by_hand(module.conv.conv, pooled)))
+    assert isinstance(module, SrmModule)
+    mean = x.mean((2, 3))
+    positions = x.shape[2] * x.shape[3]
+    variance = x.var((2, 3), unbiased=True) if positions > 1 else torch.zeros_like(mean)
+    style = module.cfc[:, 0] * mean + module.cfc[:, 1] * (variance + 1e-5).sqrt()
+    return torch.sigmoid(module.bn(style[:, :, None, None]))
+
+
+class BatchNormByHand:
+    """Replaces the normalisation of every batch norm of a network by its formula, with statistics that can be kept."""
+
+    def __init__(self, model: nn.Module):
+        self.stats: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.keep = True
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.forward = self._forward(module)
+
+    def _forward(self, module: nn.BatchNorm2d) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if not module.training:
+                mean, variance = module.running_mean, module.running_var
+            elif self.keep:
+                mean, variance = self.stats[module] = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+            else:
+                mean, variance = self.stats[module]
+            x = (x - mean[:, None, None]) / (variance[:, None, None] + module.eps).sqrt()
+            x = x * module.weight[:, None, None] + module.bias[:, None, None]
+            return module.act(x) if hasattr(module, 'act') else x
+        return forward
+
+
+def slow_rewards(
+        model: nn.Module,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        sites: list[str],
+        seed: int,
+        gamma: float = 1.0,
+        clip: float | None = 1.0,
+) -> torch.Tensor:
+    """Reward of each sample and site, (B, P): Eq. 1 with one map swapped by hand in a full forward pass.
+
+    `seed` is given to the global generator before every pass, so that all passes have the same dropout masks.
+    """
+    model = copy.deepcopy(model)
+    norms = BatchNormByHand(model)
+    with torch.no_grad():
+        torch.manual_seed(seed)
+        p = model(input).softmax(dim=1)
+        norms.keep = False
+        columns = []
+        for site in sites:
+            module = model.get_submodule(site)
+            forward = module.forward
+            module.forward = lambda x, module=module: x * map_by_hand(module, x).mean((1, 2, 3), keepdim=True)
+            torch.manual_seed(seed)
+            bypassed = model(input).softmax(dim=1)
+            module.forward = forward
+            column = []
+            for i, c in enumerate(target.tolist()):
+                if all(p[i, c] >= p[i, k] for k in range(p.shape[1])):
+                    r = 1 - (bypassed[i, c] / p[i, c]).item()
+                    column.append(r if clip is None else min(max(r, -clip), clip))
+                else:
+                    column.append(-gamma)
+            columns.append(column)
+    return torch.tensor(columns, dtype=torch.float64).T
+
+
+def lstm_by_hand(cell: nn.LSTMCell, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Quality of each map of a group, Eq. 2 and 3, from the textbook equations of an LSTM with one unit."""
+    h = c = torch.zeros(len(inputs[0]), 1)
+    quality = []
+    for x in inputs:
+        gates = x @ cell.weight_ih.T + cell.bias_ih + h @ cell.weight_hh.T + cell.bias_hh
+        i, f, g, o = gates.unbind(1)
+        c = torch.sigmoid(f)[:, None] * c + torch.sigmoid(i)[:, None] * torch.tanh(g)[:, None]
+        h = torch.sigmoid(o)[:, None] * torch.tanh(c)
+        quality.append(h)
+    return quality
+
+
+def gru_by_hand(cell: nn.GRUCell, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Hidden states of a GRU cell, sample by sample, in Python numbers."""
+    hidden = cell.hidden_size
+    states = [[0.0] * hidden for _ in inputs[0]]
+    w_ih, w_hh = cell.weight_ih.tolist(), cell.weight_hh.tolist()
+    b_ih, b_hh = cell.bias_ih.tolist(), cell.bias_hh.tolist()
+
+    def dot(weights, values):
+        return sum(w * v for w, v in zip(weights, values, strict=True))
+
+    outputs = []
+    for x in inputs:
+        for b, row in enumerate(x.tolist()):
+            h = states[b]
+            new = []
+            for j in range(hidden):
+                r, z, n = j, hidden + j, 2 * hidden + j
+                reset = 1 / (1 + math.exp(-(dot(w_ih[r], row) + b_ih[r] + dot(w_hh[r], h) + b_hh[r])))
+                update = 1 / (1 + math.exp(-(dot(w_ih[z], row) + b_ih[z] + dot(w_hh[z], h) + b_hh[z])))
+                candidate = math.tanh(dot(w_ih[n], row) + b_ih[n] + reset * (dot(w_hh[n], h) + b_hh[n]))
+                new.append((1 - update) * candidate + update * h[j])
+            states[b] = new
+        outputs.append(torch.tensor(states))
+    return outputs

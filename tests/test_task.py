@@ -1,0 +1,455 @@
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import correct_targets, make_batch, make_model
+from oracle import lstm_by_hand, map_by_hand
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
+
+import dreal_timm
+from dreal_timm import DrealTask
+from dreal_timm.attention import attention_parameters
+
+SIZE = (3, 64, 64)
+
+
+def make_task(model, **kwargs):
+    kwargs.setdefault('input_size', SIZE)
+    task = DrealTask(model, verbose=False, **kwargs)
+    task.get_trainable_module().train()
+    return task
+
+
+def gradients(task, input, target, seed=11):
+    task.zero_grad()
+    torch.manual_seed(seed)
+    task(input, target)['loss'].backward()
+    module = task.get_trainable_module()
+    return {name.removeprefix('model.'): p.grad.clone() for name, p in module.named_parameters()}
+
+
+def theta_names(model):
+    return set(attention_parameters(model, [s for g in make_task(copy.deepcopy(model)).groups for s in g.sites]))
+
+
+def actor_gradients_by_hand(model, input, task, seed=11):
+    """Gradient of L_q at the attention parameters: maps by hand from detached inputs, LSTM by hand."""
+    model = copy.deepcopy(model).train()
+    inputs = {}
+    for group in task.groups:
+        for site in group.sites:
+            module = model.get_submodule(site.name)
+            module.register_forward_pre_hook(lambda m, a, name=site.name: inputs.update({name: a[0].detach()}))
+    torch.manual_seed(seed)
+    model(input)
+    loss = 0
+    for group in task.groups:
+        rows = []
+        for site in group.sites:
+            x = inputs[site.name]
+            state = x.mean((2, 3)) if site.kind == 'channel' else x.mean(1).flatten(1)
+            rows.append(torch.cat([state, map_by_hand(model.get_submodule(site.name), x).flatten(1)], dim=1).float())
+        cell = task.get_trainable_module().critic[group.name].cells[0]
+        loss = loss - sum(lstm_by_hand(cell, rows)).mean()
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(drop_rate=0.2, drop_path_rate=0.2)])
+def test_gradients(attention, kwargs):
+    """Backbone: the plain gradient. Attention: plus L_q's, by hand and linear in actor_weight. Critic: the same."""
+    model = make_model(attention, **kwargs).train()
+    input, _ = make_batch()
+    target = correct_targets(model, input, seed=11)
+    plain_task = ClassificationTask(copy.deepcopy(model), verbose=False)
+    plain = gradients(plain_task, input, target)
+    tasks = {weight: make_task(copy.deepcopy(model), actor_weight=weight) for weight in (0.0, 1.0, 3.0)}
+    grads = {weight: gradients(task, input, target) for weight, task in tasks.items()}
+    loss, by_hand = actor_gradients_by_hand(model, input, tasks[1.0])
+    theta = theta_names(model)
+    assert set(by_hand) == theta
+    for name, reference in plain.items():
+        for weight in grads:
+            difference = grads[weight][name] - reference
+            if name not in theta:
+                assert difference.norm() <= 1e-6 * reference.norm(), name
+            else:  # 1e-5: the oracle's own rounding in float32
+                scale = max(reference.norm(), weight * by_hand[name].norm())
+                assert (difference - weight * by_hand[name]).norm() <= 1e-5 * scale, name
+    assert any(by_hand[name].norm() > 1e-4 for name in theta)
+    critic = [name for name in grads[0.0] if name.startswith('critic.')]
+    assert critic
+    for name in critic:
+        assert torch.equal(grads[0.0][name], grads[1.0][name])
+        assert torch.equal(grads[0.0][name], grads[3.0][name])
+    torch.manual_seed(11)
+    torch.testing.assert_close(tasks[1.0](input, target)['actor_loss'], loss)
+
+
+def test_critic_gradient_is_that_of_the_regression(attention):
+    """The critic's gradient is that of L_r by hand: the squared error of Q at the probed sites (Eq. 9)."""
+    model = make_model(attention).train()
+    input, _ = make_batch()
+    task = make_task(model)
+    target = correct_targets(model, input)
+    readings = {}
+    for group in task.groups:
+        for site in group.sites:
+            module = model.get_submodule(site.name)
+            module.register_forward_pre_hook(lambda m, a, name=site.name: readings.setdefault(name, a[0].detach()))
+    result = task(input, target)
+    result['loss'].backward()
+    critic = copy.deepcopy(task.get_trainable_module().critic)
+    critic.zero_grad()
+    loss = 0
+    for column, (group, name) in enumerate(zip(task.groups, result['probed'], strict=True)):
+        rows = []
+        for site in group.sites:
+            x = readings[site.name]
+            state = x.mean((2, 3)) if site.kind == 'channel' else x.mean(1).flatten(1)
+            with torch.no_grad():
+                attention_map = map_by_hand(model.get_submodule(site.name), x)
+            rows.append(torch.cat([state, attention_map.flatten(1)], dim=1))
+        quality = lstm_by_hand(critic[group.name].cells[0], rows)
+        probed = quality[[site.name for site in group.sites].index(name)][:, 0]
+        torch.testing.assert_close(result['quality'][:, column], probed.detach())
+        loss = loss + (probed - result['reward'][:, column]).square().mean()
+    loss.backward()
+    torch.testing.assert_close(result['critic_loss'], loss.detach())
+    for name, parameter in task.get_trainable_module().critic.named_parameters():
+        torch.testing.assert_close(parameter.grad, critic.get_parameter(name).grad, rtol=1e-4, atol=1e-7)
+
+
+def test_weight_zero_is_plain_training(attention):
+    """With actor_weight=0, ten steps leave bit for bit the same model, buffers included, as plain training."""
+    models = [make_model(attention, drop_rate=0.1, drop_path_rate=0.1) for _ in range(2)]
+    tasks = [make_task(models[0], actor_weight=0.0), ClassificationTask(models[1], verbose=False)]
+    for task in tasks:
+        optimizer = create_optimizer_v2(task.get_trainable_module(), 'sgd', lr=0.05, weight_decay=1e-4)
+        task.get_trainable_module().train()
+        torch.manual_seed(0)
+        for step in range(10):
+            optimizer.zero_grad()
+            task(*make_batch(seed=step))['loss'].backward()
+            optimizer.step()
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name]), name
+
+
+def test_reinforced_training_differs():
+    """With actor_weight=1 the attention parameters go another way (so that the test above can fail)."""
+    models = [make_model('se') for _ in range(2)]
+    for model, weight in zip(models, (0.0, 1.0), strict=True):
+        task = make_task(model, actor_weight=weight)
+        optimizer = create_optimizer_v2(task.get_trainable_module(), 'sgd', lr=0.05)
+        for step in range(2):
+            optimizer.zero_grad()
+            task(*make_batch(seed=step))['loss'].backward()
+            optimizer.step()
+    assert not torch.equal(models[0].layer1[0].se.fc1.weight, models[1].layer1[0].se.fc1.weight)
+
+
+def test_returned_dictionary():
+    """Keys, shapes, dtypes and graphs are those of the contract; the sum is the loss."""
+    task = make_task(make_model('cbam'), actor_weight=0.5)
+    result = task(*make_batch())
+    assert set(result) == {
+        'loss', 'output', 'class_loss', 'actor_loss', 'critic_loss', 'probed', 'reward', 'quality'}
+    assert result['output'].shape == (8, 7)
+    assert len(result['probed']) == len(task.groups) == 8
+    for name in ('reward', 'quality'):
+        assert result[name].shape == (8, 8)
+        assert result[name].dtype == torch.float32
+    logged = ('class_loss', 'actor_loss', 'critic_loss', 'reward', 'quality')
+    assert not any(result[name].requires_grad for name in logged)
+    expected = result['class_loss'] + 0.5 * result['actor_loss'] + result['critic_loss']
+    torch.testing.assert_close(result['loss'].detach(), expected)
+    result['loss'] /= 2
+    result['loss'].backward()
+    torch.testing.assert_close(2 * result['loss'].detach(), expected)
+
+
+def test_evaluation_is_the_class_loss(attention):
+    """In evaluation mode and under no_grad the task is a ClassificationTask, bit for bit."""
+    model = make_model(attention)
+    task = make_task(copy.deepcopy(model))
+    plain = ClassificationTask(model, verbose=False)
+    input, target = make_batch()
+    with torch.no_grad():
+        model.train()
+        first, second = task(input, target), plain(input, target)
+        assert set(first) == {'loss', 'output'}
+        assert torch.equal(first['output'], second['output'])
+    task.get_trainable_module().eval()
+    model.eval()
+    first, second = task(input, target), plain(input, target)
+    assert torch.equal(first['loss'], second['loss'])
+    assert set(first) == {'loss', 'output'}
+
+
+def test_inference_is_the_plain_network(attention):
+    """After training the eval model is the very network that was passed, with no hook and no critic in it."""
+    model = make_model(attention)
+    task = make_task(model)
+    task(*make_batch())['loss'].backward()
+    assert task.get_eval_model() is model
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    fresh = make_model(attention)
+    fresh.load_state_dict(task.get_checkpoint_state()['state_dict'])
+    input, _ = make_batch()
+    assert torch.equal(model.eval()(input), fresh.eval()(input))
+    first, second = (torch.export.export(m, (input,)).graph_module.code for m in (model, fresh))
+    assert first == second
+
+
+def test_checkpoint_has_no_critic():
+    """state_dict is the network's; the critic and the counters are task_state, plain and loadable by weights_only."""
+    task = make_task(make_model('se'))
+    task(*make_batch())['loss'].backward()
+    state = task.get_checkpoint_state()
+    assert set(state) == {'state_dict', 'task_state'}
+    assert set(state['state_dict']) == set(make_model('se').state_dict())
+    assert set(state['task_state']) == {'critic', 'rotation'}
+    assert state['task_state']['rotation'] == {'epoch': 0, 'step': 1, 'steps_in_epoch': 1}
+
+
+def test_load_checkpoint_state():
+    """A checkpoint restores critic and counters; one of plain training leaves a fresh critic."""
+    task = make_task(make_model('se'), seed=1)
+    task(*make_batch())
+    state = copy.deepcopy(task.get_checkpoint_state())
+    other = make_task(make_model('se', seed=4), seed=2)
+    other.load_checkpoint_state(state['state_dict'], state['task_state'])
+    for name, value in task.get_trainable_module().state_dict().items():
+        assert torch.equal(value, other.get_trainable_module().state_dict()[name])
+    assert other.get_trainable_module().rotation.step == 1
+    fresh = make_task(make_model('se', seed=4), seed=2)
+    before = copy.deepcopy(fresh.get_trainable_module().critic.state_dict())
+    fresh.load_checkpoint_state(state['state_dict'], None)
+    assert all(torch.equal(v, before[n]) for n, v in fresh.get_trainable_module().critic.state_dict().items())
+
+
+def test_parameter_groups():
+    """Critic parameters take no weight decay, and lr factor 1 under layer decay; the model's own are as in timm."""
+    model = make_model('se')
+    model.no_weight_decay = lambda: {'conv1.0.weight'}
+    module = make_task(model).get_trainable_module()
+    names = {id(p): name for name, p in module.named_parameters()}
+    optimizer = create_optimizer_v2(module, 'adamw', lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    for group in optimizer.param_groups:
+        for p in group['params']:
+            name = names[id(p)]
+            if name.startswith('critic.'):
+                assert group['weight_decay'] == 0
+                assert group['lr_scale'] == 1.0
+            if name in ('model.conv1.0.weight', 'model.bn1.weight'):
+                assert group['weight_decay'] == 0
+            if name == 'model.layer1.0.conv1.weight':
+                assert group['weight_decay'] == 0.1
+            if name.startswith('model.layer1'):
+                assert group['lr_scale'] < 1.0
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(names)
+
+
+def test_clip_parameters():
+    """The critic is not clipped; exclude_head leaves out the classifier and nothing else."""
+    model = make_model('se')
+    task = make_task(model)
+    assert {id(p) for p in task.get_clip_parameters()} == {id(p) for p in model.parameters()}
+    head = {id(p) for p in model.fc.parameters()}
+    assert {id(p) for p in task.get_clip_parameters(exclude_head=True)} == {id(p) for p in model.parameters()} - head
+
+
+def test_every_critic_parameter_has_a_gradient():
+    """Also in a batch in which no sample is right, and one in which nothing can be judged."""
+    model = make_model('cbam')
+    task = make_task(model)
+    input, _ = make_batch()
+    target = (correct_targets(model.train(), input, wrong=0, seed=0) + 1) % 7
+    torch.manual_seed(0)
+    result = task(input, target)
+    assert (result['reward'] == -1).all()
+    result['loss'].backward()
+    assert all(p.grad is not None for p in task.get_trainable_module().parameters())
+
+
+def test_epochs():
+    """An epoch begins at train() of the trainable module after a step, or at set_epoch(); the draw follows."""
+    model = timm.create_model('dreal_se_resnet18', num_classes=7, zero_init_last=False)
+    task = make_task(model, input_size=(3, 32, 32))
+    batch = make_batch(batch_size=2, size=32)
+    module = task.get_trainable_module()
+    probed = []
+    for _ in range(2):
+        module.train()
+        probed += [task(*batch)['probed'] for _ in range(2)]
+        task.get_eval_model().eval()
+    assert probed[0] == probed[1]
+    assert probed[2] == probed[3]
+    assert all(a != b for a, b in zip(probed[0], probed[2], strict=True))
+    task.set_epoch(0)
+    module.train()
+    assert task(*batch)['probed'] == probed[0]
+
+
+def test_rotate_each_step():
+    """rotate='step' probes the other block of each stage in the next step."""
+    model = timm.create_model('dreal_se_resnet18', num_classes=7)
+    task = make_task(model, input_size=(3, 32, 32), rotate='step')
+    batch = make_batch(batch_size=2, size=32)
+    assert task(*batch)['probed'] != task(*batch)['probed']
+
+
+def test_soft_targets():
+    """Soft targets are judged by their arg max."""
+    model = make_model('se').train()
+    input, _ = make_batch()
+    target = correct_targets(model, input, seed=11)
+    soft = torch.full((8, 7), 0.05).scatter(1, target[:, None], 0.7)
+    rewards = []
+    for criterion, labels in ((None, target), (SoftTargetCrossEntropy(), soft)):
+        task = make_task(copy.deepcopy(model), criterion=criterion)
+        torch.manual_seed(11)
+        rewards.append(task(input, labels)['reward'])
+    assert torch.equal(*rewards)
+
+
+def test_frozen_attention():
+    """Frozen attention parameters are skipped by L_q; all of them frozen is an error, at once and later."""
+    model = make_model('se')
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = 'layer4.0.se' in name
+    task = make_task(model)
+    task(*make_batch())['loss'].backward()
+    assert all((p.grad is not None) == ('layer4.0.se' in name) for name, p in model.named_parameters())
+    for parameter in model.layer4[0].se.parameters():
+        parameter.requires_grad = False
+    with pytest.raises(ValueError, match='frozen'):
+        task(*make_batch())
+    with pytest.raises(ValueError, match='frozen'):
+        make_task(model)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(critic_cell='gru'), dict(critic_hidden_size=4), dict(critic_depth=2),
+    dict(critic_cell='gru', critic_hidden_size=3, critic_depth=2),
+])
+def test_critic_options(kwargs):
+    """Other critics train as well: every parameter has a gradient, and some of each are not zero."""
+    task = make_task(make_model('cbam'), **kwargs)
+    task(*make_batch())['loss'].backward()
+    assert all(p.grad is not None for p in task.get_trainable_module().critic.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in task.get_trainable_module().critic.parameters())
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), [
+    (dict(gamma=2.0), 'reward_clip'), (dict(gamma=0.0), 'gamma'), (dict(probe='guess'), "'exact'"),
+    (dict(probe_dtype='float16'), 'float32'), (dict(rotate='never'), 'rotate'), (dict(critic_cell='rnn'), 'lstm'),
+    (dict(input_size=(64, 64)), 'C, H, W'),
+])
+def test_wrong_options(kwargs, message):
+    """Wrong options raise a ValueError that says what is accepted."""
+    with pytest.raises(ValueError, match=message):
+        make_task(make_model('se'), **kwargs)
+
+
+def test_gamma_beyond_the_literal_equation():
+    """Without a clip any gamma is allowed, and wrong samples get it."""
+    task = make_task(make_model('se'), gamma=3.0, reward_clip=None)
+    assert task(*make_batch())['reward'].min() == -3.0
+
+
+def test_model_without_sites_is_refused():
+    """The error says what a site is and how to find networks that have some."""
+    with pytest.raises(ValueError, match=r'find_sites.*register_attention'):
+        DrealTask(timm.create_model('resnet18'), verbose=False)
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('seresnet50', {}), ('resnet50', dict(block_args=dict(attn_layer='cbam'))), ('seresnet18', {}),
+])
+def test_plain_timm_networks(name, kwargs):
+    """timm's own SE and CBAM networks train as they are."""
+    model = timm.create_model(name, num_classes=5, zero_init_last=False, **kwargs)
+    task = make_task(model, input_size=(3, 32, 32))
+    result = task(*make_batch(batch_size=2, size=32, num_classes=5))
+    result['loss'].backward()
+    assert result['reward'].isfinite().all()
+
+
+def test_critic_size_is_the_papers():
+    """The critic adds 4 x (2N + 1) weights and 8 biases a group: 28.088M becomes 28.119M (Table 1)."""
+    model = timm.create_model('dreal_se_resnet50', device='meta')
+    task = DrealTask(model, verbose=False)
+    critic = sum(p.numel() for p in task.get_trainable_module().critic.parameters())
+    assert critic == 30_736 + 32
+    assert round((sum(p.numel() for p in model.parameters()) + critic) / 1e6, 3) == 28.119
+
+
+def test_gradient_checkpointing(attention):
+    """Gradient checkpointing changes neither rewards nor gradients."""
+    model = make_model(attention, drop_path_rate=0.2).train()
+    input, _ = make_batch()
+    target = correct_targets(model, input, seed=11)
+    checkpointed = copy.deepcopy(model)
+    checkpointed.set_grad_checkpointing(True)
+    first, second = (gradients(make_task(m), input, target) for m in (model, checkpointed))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_low_precision_model():
+    """A bfloat16 model trains; its critic stays in float32."""
+    task = make_task(make_model('se').to(torch.bfloat16))
+    input, target = make_batch(dtype=torch.bfloat16)
+    result = task(input, target)
+    result['loss'].backward()
+    assert result['quality'].dtype == result['reward'].dtype == torch.float32
+    assert {p.dtype for p in task.get_trainable_module().critic.parameters()} == {torch.float32}
+
+
+def test_other_image_size(caplog):
+    """CBAM's spatial critics pool maps of other images to the size they were built for."""
+    task = make_task(make_model('cbam'), input_size=(3, 64, 64))
+    with caplog.at_level('INFO'):
+        task(*make_batch(size=96))['loss'].backward()
+    assert any('pooled' in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize('attention', ['cbam'])
+def test_compile(attention):
+    """A compiled task has the losses, rewards and gradients of an eager one, over several steps and epochs."""
+    model = make_model(attention).train()
+    input, _ = make_batch()
+    target = correct_targets(model, input)
+    eager, compiled = make_task(copy.deepcopy(model)), make_task(copy.deepcopy(model))
+    compiled.compile(backend='aot_eager')
+    for _ in range(3):
+        results = [task(input, target) for task in (eager, compiled)]
+        for key in ('loss', 'reward', 'quality'):
+            torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-4, atol=1e-5)
+        for result in results:
+            result['loss'].backward()
+        for task in (eager, compiled):
+            task.get_trainable_module().train()
+    pairs = zip(eager.parameters(), compiled.parameters(), strict=False)
+    for first, second in pairs:
+        torch.testing.assert_close(first.grad, second.grad, rtol=1e-3, atol=1e-4)
+    assert compiled._trainable.rotation.epoch == 3
+    assert set(compiled.get_checkpoint_state()['state_dict']) == set(model.state_dict())
+    compiled.get_eval_model().eval()
+    eager.get_eval_model().eval()
+    with torch.no_grad():
+        logits = [task.get_eval_model()(input) for task in (eager, compiled)]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_public_surface():
+    """The names of the README are there."""
+    assert isinstance(dreal_timm.__version__, str)
+    assert issubclass(dreal_timm.DrealTask, ClassificationTask)
+    assert {'find_sites', 'register_attention', 'Reader', 'Critic'} <= set(dir(dreal_timm))
