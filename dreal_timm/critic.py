@@ -52,7 +52,7 @@ class RecurrentCritic(nn.Module):
             raise ValueError(f"Unknown critic cell '{cell}', expected one of {sorted(CELLS)}.")
         if hidden_size < 1 or depth < 1:
             raise ValueError(f'hidden_size and depth must be 1 or more, got {hidden_size} and {depth}.')
-        dd = {'device': device, 'dtype': torch.float32}
+        dd: dict[str, Any] = {'device': device, 'dtype': torch.float32}
         self.size = size
         self.hidden_size = hidden_size
         positions = size[0] if len(size) == 1 else size[0] * size[1]

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.layers import GroupNorm, SEModule
+from timm.layers import GroupNorm
 from timm.layers.cbam import CbamModule
 from torch import nn
 
@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 _GROUP_NORM = partial(GroupNorm, num_groups=8)
 _LAYERS = {
-    'se': SEModule,
+    'se': 'se',
     'cbam': partial(CbamModule, mlp_bias=True),
     'srm': SrmModule,
 }

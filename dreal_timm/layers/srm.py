@@ -2,6 +2,8 @@
 
 Paper: `SRM: A Style-based Recalibration Module for Convolutional Neural Networks` - https://arxiv.org/abs/1903.10829
 """
+from typing import Any
+
 import torch
 from timm.layers import create_act_layer
 from torch import nn
@@ -35,7 +37,7 @@ class SrmModule(nn.Module):
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.eps = eps
         # zero, as in the authors' code: every map starts as the constant gate(0)
@@ -57,4 +59,6 @@ class SrmModule(nn.Module):
         return self.gate(self.bn(x[:, :, None, None]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.style_integrate(self.style_pool(x))
+        attention = self.style_integrate(self.style_pool(x))
+        # under autocast the statistics and the CFC are float32; the features keep their type
+        return x * attention.to(x.dtype)

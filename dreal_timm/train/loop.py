@@ -1,4 +1,5 @@
 """The train loop: Accelerate launches and places, timm builds, the task learns"""
+import copy
 import logging
 from datetime import datetime
 from pathlib import Path
@@ -112,6 +113,7 @@ def run(config: SimpleNamespace | dict[str, Any] | str | Path, overrides: tuple[
     """
     if not isinstance(config, SimpleNamespace):
         config = load_config(config, overrides)
+    config = copy.deepcopy(config)
     if config.eval_metric not in ('top1', 'top5', 'loss'):
         raise ValueError(f"eval_metric: expected 'top1', 'top5' or 'loss', got '{config.eval_metric}'.")
     build.import_device_modules(config)

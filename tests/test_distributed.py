@@ -1,0 +1,69 @@
+"""Two gloo processes against one"""
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+from conftest import make_batch, make_model
+from timm.task import TrainingTask
+
+from dreal_timm import DrealTask
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        return sock.getsockname()[1]
+
+
+def _make_task() -> TrainingTask:
+    model = make_model('cbam', group_norm=True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.track_running_stats = True
+    task = DrealTask(model, verbose=False, input_size=(3, 48, 48))
+    task.get_trainable_module().train()
+    for module in model.modules():  # statistics of a part of a batch differ: off, as the parity asks
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return task
+
+
+def _worker(rank: int, port: int, path: str) -> None:
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    task = _make_task()
+    task.prepare_distributed()
+    input, target = make_batch(batch_size=8, size=48)
+    # the second process has no sample that is right: its rewards are all -gamma
+    with torch.no_grad():
+        target[4:] = (task.get_eval_model()(input[4:]).argmax(1) + 1) % 7
+    half = slice(4 * rank, 4 * rank + 4)
+    result = task(input[half], target[half])
+    result['loss'].backward()
+    state = {
+        'probed': result['probed'],
+        'reward': result['reward'],
+        'grads': {n.removeprefix('module.'): p.grad for n, p in task.get_trainable_module().named_parameters()},
+    }
+    torch.save(state, f'{path}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Two processes have the gradients of one on the joined batch, judge the same sites, and do not hang."""
+    torch.multiprocessing.spawn(_worker, args=(_free_port(), str(tmp_path)), nprocs=2)
+    parts = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2)]
+    task = _make_task()
+    input, target = make_batch(batch_size=8, size=48)
+    with torch.no_grad():
+        target[4:] = (task.get_eval_model()(input[4:]).argmax(1) + 1) % 7
+    result = task(input, target)
+    result['loss'].backward()
+    assert parts[0]['probed'] == parts[1]['probed'] == result['probed']
+    assert (parts[1]['reward'] == -1).all()
+    torch.testing.assert_close(torch.cat([part['reward'] for part in parts]), result['reward'], rtol=0, atol=1e-5)
+    for name, parameter in task.get_trainable_module().named_parameters():
+        torch.testing.assert_close(parts[0]['grads'][name], parts[1]['grads'][name], rtol=0, atol=0)
+        torch.testing.assert_close(parts[0]['grads'][name], parameter.grad, rtol=1e-5, atol=1e-6)

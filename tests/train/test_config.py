@@ -1,0 +1,163 @@
+import pytest
+import yaml
+
+from dreal_timm.train import find_recipe, list_recipes, load_config
+from dreal_timm.train.config import to_dict
+from dreal_timm.train.keys import DREAL_KEYS, KEYS
+
+TIMM_DEFAULTS = {  # of timm 1.0.31's train.py
+    'train_split': 'train', 'val_split': 'validation', 'batch_size': 128, 'opt': 'sgd', 'momentum': 0.9,
+    'weight_decay': 2e-5, 'sched': 'cosine', 'lr': None, 'lr_base': 0.1, 'lr_base_size': 256, 'epochs': 300,
+    'warmup_epochs': 5, 'warmup_lr': 1e-5, 'min_lr': 0.0, 'decay_epochs': 90, 'decay_rate': 0.1,
+    'decay_milestones': [90, 180, 270], 'scale': [0.08, 1.0], 'ratio': [0.75, 4 / 3], 'hflip': 0.5, 'vflip': 0.0,
+    'color_jitter': 0.4, 'reprob': 0.0, 'remode': 'pixel', 'smoothing': 0.1, 'train_interpolation': 'random',
+    'seed': 42, 'workers': 4, 'log_interval': 50, 'eval_metric': 'top1',
+}
+DREAL_DEFAULTS = {
+    'enabled': True, 'gamma': 1.0, 'actor_weight': 1.0, 'probe': 'exact', 'rotate': 'epoch', 'reward_clip': 1.0,
+    'probe_dtype': None, 'seed': None, 'critic_cell': 'lstm', 'critic_hidden_size': 1, 'critic_depth': 1,
+}
+
+
+def test_defaults_are_timms():
+    """Keys have timm's names and defaults, DREAL's own those of the design."""
+    config = load_config({})
+    assert {name: getattr(config, name) for name in TIMM_DEFAULTS} == TIMM_DEFAULTS
+    assert vars(config.dreal) == DREAL_DEFAULTS
+
+
+def test_a_default_is_its_own():
+    """Changing a configuration does not change the defaults."""
+    load_config({}).model_kwargs['x'] = 1
+    load_config({}).scale.append(3.0)
+    assert load_config({}).model_kwargs == {}
+    assert load_config({}).scale == [0.08, 1.0]
+
+
+@pytest.mark.parametrize(('values', 'name', 'expected'), [
+    ({'lr': '1e-4'}, 'lr', 1e-4),
+    ({'weight_decay': '5.0e-4'}, 'weight_decay', 5e-4),
+    ({'epochs': '7'}, 'epochs', 7),
+    ({'epochs': 7.0}, 'epochs', 7),
+    ({'input_size': ['1', 32, 32]}, 'input_size', [1, 32, 32]),
+    ({'mean': 0.5}, 'mean', [0.5]),
+    ({'no_aug': 'true'}, 'no_aug', True),
+    ({'aa': 'rand-m9'}, 'aa', 'rand-m9'),
+    ({'epochs': None}, 'epochs', 300),
+    ({'lr': None}, 'lr', None),
+])
+def test_values_get_the_type_of_their_key(values, name, expected):
+    """Numbers that YAML reads as text become numbers; null is the default."""
+    value = getattr(load_config(values), name)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_reward_clip_may_be_null():
+    """null is the literal equation for reward_clip, and not its default."""
+    assert load_config({'dreal': {'reward_clip': None}}).dreal.reward_clip is None
+    assert load_config({}, ['dreal.reward_clip=null']).dreal.reward_clip is None
+
+
+@pytest.mark.parametrize(('values', 'message'), [
+    ({'epochs': 'many'}, "epochs: expected a whole number, got 'many'"),
+    ({'epochs': 1.5}, 'epochs: expected a whole number'),
+    ({'epochs': True}, 'epochs: expected a whole number'),
+    ({'lr': [0.1]}, 'lr: expected a number'),
+    ({'no_aug': 'perhaps'}, 'no_aug: expected true or false'),
+    ({'model': ['a']}, 'model: expected a text'),
+    ({'model_kwargs': 3}, 'model_kwargs: expected a mapping'),
+    ({'scale': ['a', 1]}, 'scale: expected a list of numbers'),
+    ({'dreal': {'gamma': 'x'}}, 'dreal.gamma: expected a number'),
+    ({'dreal': {'rotate': 'never'}}, "dreal.rotate: expected 'epoch', 'step' or a whole number"),
+    ({'dreal': 3}, 'dreal: expected a mapping'),
+    ({'epoch': 3}, r"Unknown key 'epoch' \(did you mean 'epochs'\?\)"),
+    ({'dreal': {'actor_wight': 3}}, r"Unknown key 'dreal.actor_wight' \(did you mean 'actor_weight'\?\)"),
+    ({'zzzzzz': 3}, "Unknown key 'zzzzzz'"),
+])
+def test_wrong_values_and_keys(values, message):
+    """A wrong type and an unknown key are said in one line, with the nearest key."""
+    with pytest.raises(ValueError, match=message):
+        load_config(values)
+
+
+def test_keys_without_a_value_ask_for_nothing():
+    """timm writes all of its keys into args.yaml: unknown ones that are null, false or empty are let through."""
+    load_config({'fuser': '', 'jsd_loss': False, 'kd_model_name': None, 'wandb_tags': [], 'resume': ''})
+    with pytest.raises(ValueError, match='jsd_loss'):
+        load_config({'jsd_loss': True})
+
+
+def test_overrides():
+    """key=value settings win over the recipe, also inside of mappings."""
+    recipe = {'epochs': 3, 'model_kwargs': {'a': 1}, 'dreal': {'gamma': 0.5}}
+    config = load_config(recipe, ['epochs=5', 'model_kwargs.b=2', 'dreal.enabled=false', 'input_size=[3,64,64]', 'lr=1e-3'])
+    assert (config.epochs, config.lr, config.input_size) == (5, 1e-3, [3, 64, 64])
+    assert config.model_kwargs == {'a': 1, 'b': 2}
+    assert (config.dreal.gamma, config.dreal.enabled) == (0.5, False)
+    for wrong in ('epochs', '=3'):
+        with pytest.raises(ValueError, match='key=value'):
+            load_config({}, [wrong])
+
+
+def test_recipes_are_found():
+    """Recipes are found by file and by name; an unknown name lists those there are, and the nearest."""
+    assert {'quickstart', 'fashion_mnist'} <= set(list_recipes())
+    path = find_recipe('quickstart')
+    assert find_recipe(path) == path
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'quickstart'.*fashion_mnist"):
+        find_recipe('quikstart')
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    """A file that is no YAML, or holds no mapping, is named."""
+    for name, content in (('a', 'x: [1'), ('b', '- 1\n- 2'), ('c', '')):
+        path = tmp_path / f'{name}.yaml'
+        path.write_text(content)
+        with pytest.raises(ValueError, match=path.name):
+            load_config(path)
+
+
+def test_configuration_round_trip(tmp_path):
+    """The args.yaml of a run is a recipe that gives the same configuration."""
+    config = load_config('quickstart', ['epochs=2', 'dreal.rotate=step'])
+    path = tmp_path / 'args.yaml'
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    assert to_dict(load_config(path)) == to_dict(config)
+
+
+@pytest.mark.parametrize('name', sorted(list_recipes()))
+def test_recipes_load(name):
+    """Every recipe of the package loads, begins with its title and names the module that registers the models."""
+    text = find_recipe(name).read_text()
+    assert text.startswith('# ')
+    assert load_config(name).device_modules == ['dreal_timm']
+
+
+def test_effective_values_of_the_recipes():
+    """What the first two recipes train with, where it is not timm's default."""
+    defaults = to_dict(load_config({}))
+    differing = {
+        name: {k: v for k, v in to_dict(load_config(name)).items() if v != defaults[k]}
+        for name in ('quickstart', 'fashion_mnist')
+    }
+    common = {
+        'device_modules': ['dreal_timm'], 'num_classes': 10, 'input_size': [1, 32, 32], 'crop_pct': 1.0,
+        'interpolation': 'bilinear', 'model': 'dreal_se_resnet18', 'model_kwargs': {'zero_init_last': False},
+        'weight_decay': 5e-4, 'scale': [0.7, 1.0], 'color_jitter': 0.0, 'train_interpolation': 'bilinear',
+    }
+    assert differing['quickstart'] == common | {
+        'data_dir': 'data/digits', 'mean': [0.3], 'std': [0.38], 'batch_size': 64, 'workers': 0, 'lr': 0.05,
+        'epochs': 6, 'warmup_epochs': 0, 'hflip': 0.0, 'log_interval': 11,
+    }
+    assert differing['fashion_mnist'] == common | {
+        'data_dir': 'data/fashion-mnist', 'dataset': 'torch/fashion_mnist', 'mean': [0.286], 'std': [0.353],
+        'workers': 2, 'lr': 0.1, 'epochs': 20, 'warmup_epochs': 1,
+    }
+
+
+def test_keys_are_documented_once():
+    """Every key has a meaning, and no name stands twice."""
+    for keys in (KEYS, DREAL_KEYS):
+        assert all(key.help for key in keys)
+        assert len({key.name for key in keys}) == len(keys)

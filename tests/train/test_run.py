@@ -1,0 +1,247 @@
+import copy
+import csv
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from dreal_timm.train import load_config, run
+from dreal_timm.train.progress import Meter, Progress
+from dreal_timm.train.validate import validate
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """A folder of 3 classes that differ in brightness: 12 images of each to train on, 4 to validate on."""
+    root = tmp_path_factory.mktemp('images')
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (('train', 12), ('validation', 4)):
+        for label in range(3):
+            folder = root / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = torch.randint(0, 40, (32, 32), generator=generator)
+                Image.fromarray((noise + 90 * label).to(torch.uint8).numpy()).save(folder / f'{i}.png')
+    return root
+
+
+def recipe(images, tmp_path, **values):
+    return {
+        'data_dir': str(images), 'model': 'test_resnet', 'num_classes': 3, 'input_size': [1, 32, 32], 'mean': [0.4],
+        'std': [0.3], 'crop_pct': 1.0, 'batch_size': 8, 'workers': 0, 'lr': 0.05, 'epochs': 2, 'warmup_epochs': 0,
+        'smoothing': 0.0, 'hflip': 0.0, 'color_jitter': 0.0, 'output': str(tmp_path), 'experiment': 'run',
+        'model_kwargs': {'zero_init_last': False, 'block_args': {'attn_layer': 'se'}}, 'device': 'cpu', **values,
+    }
+
+
+@pytest.fixture(scope='module')
+def finished(images, tmp_path_factory):
+    """A finished run of a few epochs."""
+    path = tmp_path_factory.mktemp('output')
+    return run(recipe(images, path, epochs=5)), path / 'run'
+
+
+def test_results(finished):
+    """run() returns where everything is, and the metrics of each epoch; the network has learned."""
+    results, directory = finished
+    assert results['directory'] == str(directory)
+    assert len(results['epochs']) == 5
+    assert results['metrics']['top1'] == max(epoch['validation']['top1'] for epoch in results['epochs'])
+    assert results['metrics'] == results['epochs'][results['best_epoch']]['validation']
+    assert results['metrics']['top1'] > 80
+    train = results['epochs'][-1]['train']
+    assert {'loss', 'class_loss', 'actor_loss', 'critic_loss', 'top1', 'reward', 'quality'} <= set(train)
+    assert train['loss'] == pytest.approx(train['class_loss'] + train['actor_loss'] + train['critic_loss'], abs=1e-5)
+
+
+def test_files(finished, images):
+    """The folder holds the recipe, the summary, both checkpoints and the exported model."""
+    results, directory = finished
+    assert {path.name for path in directory.iterdir()} == {
+        'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'model'}
+    assert yaml.safe_load((directory / 'args.yaml').read_text())['data_dir'] == str(images)
+    rows = list(csv.DictReader((directory / 'summary.csv').open()))
+    assert [int(row['epoch']) for row in rows] == list(range(5))
+    assert {'train_reward', 'train_quality', 'eval_top1', 'lr'} <= set(rows[0])
+
+
+def test_checkpoints(finished):
+    """Checkpoints are timm's, load with weights_only, and have the critic outside of the state_dict."""
+    results, directory = finished
+    last = torch.load(directory / 'last.pth.tar', weights_only=True)
+    best = torch.load(directory / 'model_best.pth.tar', weights_only=True)
+    assert (last['epoch'], best['epoch']) == (4, results['best_epoch'])
+    assert last['arch'] == 'test_resnet'
+    assert not any('critic' in name for name in last['state_dict'])
+    assert set(last['task_state']) == {'critic', 'rotation'}
+    assert last['task_state']['rotation']['epoch'] == 4
+    assert not list(directory.glob('*.tmp'))
+
+
+def test_exported_model_is_the_best_epoch(finished, images):
+    """The exported folder loads by timm, holds the best epoch, and validates to the same accuracy."""
+    results, directory = finished
+    model = timm.create_model(f'local-dir:{directory}/model', pretrained=True)
+    best = torch.load(directory / 'model_best.pth.tar', weights_only=True)['state_dict']
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+    assert list(model.pretrained_cfg['label_names']) == ['class0', 'class1', 'class2']
+    measured = validate(str(directory / 'model'), images, workers=0, device='cpu', batch_size=5)
+    assert measured['samples'] == 12
+    for name in ('loss', 'top1', 'top5'):
+        assert measured[name] == pytest.approx(results['metrics'][name], abs=1e-4)
+
+
+def test_validate_by_hand(finished, images):
+    """The evaluator's top-1 is that of counting images one by one."""
+    results, directory = finished
+    model = timm.create_model(f'local-dir:{directory}/model', pretrained=True).eval()
+    right = 0
+    for label in range(3):
+        for path in sorted((images / 'validation' / f'class{label}').iterdir()):
+            pixels = torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8).view(1, 1, 32, 32)
+            with torch.no_grad():
+                right += model((pixels / 255 - 0.4) / 0.3).argmax().item() == label
+    assert results['metrics']['top1'] == pytest.approx(100 * right / 12)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_run_is_repeatable(images, tmp_path, workers):
+    """The same recipe gives the same weights, bit for bit, with and without loader processes."""
+    states = []
+    for name in 'ab':
+        run(recipe(images, tmp_path, experiment=name, workers=workers))
+        states.append(torch.load(tmp_path / name / 'last.pth.tar', weights_only=True)['state_dict'])
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_disabled_is_plain_training(images, tmp_path):
+    """dreal.enabled=false trains the plain network on the same batches: equal to actor_weight=0, bit for bit."""
+    run(recipe(images, tmp_path, experiment='plain', dreal={'enabled': False}))
+    run(recipe(images, tmp_path, experiment='zero', dreal={'actor_weight': 0.0}))
+    run(recipe(images, tmp_path, experiment='one'))
+    plain, zero, one = (
+        torch.load(tmp_path / name / 'last.pth.tar', weights_only=True) for name in ('plain', 'zero', 'one'))
+    assert 'task_state' not in plain
+    assert all(torch.equal(value, zero['state_dict'][name]) for name, value in plain['state_dict'].items())
+    assert any(not torch.equal(value, one['state_dict'][name]) for name, value in plain['state_dict'].items())
+    rows = list(csv.DictReader((tmp_path / 'plain' / 'summary.csv').open()))
+    assert 'train_reward' not in rows[0]
+
+
+def test_nothing_is_overwritten(images, tmp_path):
+    """A folder that holds something is not written to."""
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'precious').write_text('x')
+    with pytest.raises(FileExistsError, match='experiment'):
+        run(recipe(images, tmp_path))
+    assert [path.name for path in (tmp_path / 'run').iterdir()] == ['precious']
+
+
+@pytest.mark.parametrize(('values', 'error', 'message'), [
+    ({'model': 'dreal_se_resnet51'}, ValueError, r"Unknown model 'dreal_se_resnet51' \(did you mean 'dreal_se_resnet"),
+    ({'model_kwargs': {}}, ValueError, 'no attention site'),
+    ({'data_dir': '/nowhere'}, FileNotFoundError, "no folder '/nowhere'"),
+    ({'data_dir': None}, ValueError, 'data_dir'),
+    ({'train_split': 'training_set'}, FileNotFoundError, "no folder 'training_set': it holds train, validation"),
+    ({'dataset': 'torch/nothing'}, FileNotFoundError, 'nothing'),
+    ({'num_classes': 2}, ValueError, 'num_classes: 2, but the data set has 3'),
+    ({'mean': [0.1, 0.2]}, ValueError, 'mean: 2 values for images of 1 channels'),
+    ({'opt': 'sdg'}, ValueError, r"Unknown optimizer 'sdg' \(did you mean 'sgd"),
+    ({'eval_metric': 'top3'}, ValueError, 'top3'),
+    ({'batch_size': 64}, ValueError, 'batch_size: 64'),
+    ({'initial_checkpoint': '/nowhere.pth'}, FileNotFoundError, '/nowhere.pth'),
+    ({'dreal': {'gamma': 2.0}}, ValueError, 'reward_clip'),
+])
+def test_wrong_settings(images, tmp_path, values, error, message):
+    """A wrong setting is an error of one line that says what to do, before anything is written."""
+    with pytest.raises(error, match=message):
+        run(recipe(images, tmp_path, **values))
+    assert not list(tmp_path.iterdir())
+
+
+def test_device_modules(images, tmp_path):
+    """Modules that the recipe names are imported first; a missing one is named."""
+    with pytest.raises(ModuleNotFoundError, match='not_there'):
+        run(recipe(images, tmp_path, device_modules=['not_there']))
+
+
+def test_learning_rate_scales_with_the_batch(images, tmp_path):
+    """Without lr, lr_base is scaled by the batch size as in timm."""
+    run(recipe(images, tmp_path, lr=None, lr_base=0.32, batch_size=8, epochs=1))
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    assert float(rows[0]['lr']) == pytest.approx(0.32 * 8 / 256)
+
+
+def test_validate_errors(images, tmp_path):
+    """What cannot be validated is said."""
+    for model, error, message in (
+        ('dreal_se_resnet18', ValueError, 'no published weights'),
+        ('resnet180', ValueError, 'did you mean'),
+        ('some/where', FileNotFoundError, 'hf-hub'),
+        (str(images), FileNotFoundError, 'config.json'),
+    ):
+        with pytest.raises(error, match=message):
+            validate(model, images, workers=0, device='cpu')
+
+
+def test_labels_out_of_range(finished, images, tmp_path):
+    """A data set with more classes than the model has is refused when the first such label is seen."""
+    root = tmp_path / 'more'
+    for label in range(5):
+        (root / 'validation' / f'class{label}').mkdir(parents=True)
+        Image.new('L', (32, 32)).save(root / 'validation' / f'class{label}' / '0.png')
+    with pytest.raises(ValueError, match='Label 4 is outside of the 3 classes'):
+        validate(str(finished[1] / 'model'), root, workers=0, device='cpu')
+
+
+def test_meter_by_hand():
+    """Means are over samples; rewards and qualities over what was probed."""
+    meter = Meter()
+    nan = float('nan')
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+    meter.update({
+        'loss': torch.tensor(1.0), 'output': logits, 'reward': torch.tensor([[0.5, nan], [-1.0, -1.0]]),
+        'quality': torch.tensor([[0.1, nan], [0.3, 0.2]]),
+    }, torch.tensor([0, 0]))
+    meter.update({
+        'loss': torch.tensor(4.0), 'output': logits[:1], 'reward': torch.tensor([[0.1, 0.2]]),
+        'quality': torch.tensor([[0.0, 0.0]]),
+    }, torch.tensor([0]))
+    means = meter.means()
+    assert means['loss'] == pytest.approx(2.0)
+    assert means['top1'] == pytest.approx(200 / 3)
+    assert means['reward'] == pytest.approx((0.5 - 1 - 1 + 0.1 + 0.2) / 5)
+    assert means['quality'] == pytest.approx(0.6 / 5)
+    assert means['reward_correct'] == pytest.approx(0.8 / 3)
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_progress(terminal, monkeypatch, capsys, caplog):
+    """On a terminal a bar shows the numbers, elsewhere plain lines do; a silent process shows none."""
+    monkeypatch.setattr('sys.stderr.isatty', lambda: terminal)
+    meter = Meter()
+    result = {'loss': torch.tensor(1.0), 'output': torch.tensor([[2.0, 1.0]]), 'reward': torch.tensor([[0.5]]),
+              'quality': torch.tensor([[0.25]])}
+    with caplog.at_level('INFO'):
+        for enabled in (False, True):
+            progress = Progress(0, 2, 4, interval=2, enabled=enabled)
+            for index in range(4):
+                meter.update(result, torch.tensor([0]))
+                progress.step(index, meter)
+            progress.close()
+            lines = [r.message for r in caplog.records]
+            shown = capsys.readouterr().err if terminal else ''.join(lines)
+            assert ('reward +0.5000' in shown) == enabled
+            assert ('quality +0.2500' in shown) == enabled
+            assert ('img/s' in shown) == enabled
+    assert len(lines) == (0 if terminal else 2)
+
+
+def test_config_is_not_changed_for_the_caller(images, tmp_path):
+    """run() takes a configuration object as well."""
+    config = load_config(recipe(images, tmp_path, epochs=1, lr=None))
+    before = copy.deepcopy(vars(config))
+    run(config)
+    assert vars(config) == before
