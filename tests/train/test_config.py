@@ -91,7 +91,8 @@ def test_keys_without_a_value_ask_for_nothing():
 def test_overrides():
     """key=value settings win over the recipe, also inside of mappings."""
     recipe = {'epochs': 3, 'model_kwargs': {'a': 1}, 'dreal': {'gamma': 0.5}}
-    config = load_config(recipe, ['epochs=5', 'model_kwargs.b=2', 'dreal.enabled=false', 'input_size=[3,64,64]', 'lr=1e-3'])
+    settings = ['epochs=5', 'model_kwargs.b=2', 'dreal.enabled=false', 'input_size=[3,64,64]', 'lr=1e-3']
+    config = load_config(recipe, settings)
     assert (config.epochs, config.lr, config.input_size) == (5, 1e-3, [3, 64, 64])
     assert config.model_kwargs == {'a': 1, 'b': 2}
     assert (config.dreal.gamma, config.dreal.enabled) == (0.5, False)

@@ -58,7 +58,7 @@ def test_results(finished):
 
 def test_files(finished, images):
     """The folder holds the recipe, the summary, both checkpoints and the exported model."""
-    results, directory = finished
+    _, directory = finished
     assert {path.name for path in directory.iterdir()} == {
         'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'model'}
     assert yaml.safe_load((directory / 'args.yaml').read_text())['data_dir'] == str(images)
