@@ -134,15 +134,17 @@ def _hooks(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[Non
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own flag back, also where the flags were mixed."""
-    flags = [(module, module.training) for module in model.modules()]
+def _inference_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradient checkpointing, for a while; every module gets its own flags back."""
+    names = ('training', 'grad_checkpointing')
+    flags = [(m, name, m.__dict__[name]) for m in model.modules() for name in names if name in m.__dict__]
     try:
-        model.eval()
+        for module, name, _ in flags:
+            setattr(module, name, False)
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module, name, flag in flags:
+            setattr(module, name, flag)
 
 
 @contextmanager
@@ -188,7 +190,7 @@ def _trace(model: nn.Module, input_size: Sequence[int]) -> tuple[list[tuple[str,
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(_inference_mode(model))
         for name, module in known.items():
             if (reader := READERS.get(type(module))) is not None:
                 handle = module.get_submodule(reader.gate).register_forward_hook(on_gate(name))
@@ -227,6 +229,7 @@ def find_sites(model: nn.Module, input_size: Sequence[int] | None = None) -> lis
 
     calls, events = _trace(model, input_size)
     sites = []
+    names = {name for name, _ in calls}
     for name, shape in calls:
         if events.count(name) > 1:
             raise ValueError(f'The gate of {name} is called {events.count(name)} times in one forward pass.')
@@ -234,7 +237,6 @@ def find_sites(model: nn.Module, input_size: Sequence[int] | None = None) -> lis
         size = (shape[1],) if kind == 'channel' else tuple(shape[2:])
         if kind == 'spatial' and size == (1, 1):
             continue
-        names = {name for name, _ in calls}
         stage = next((event for event in events[events.index(name):] if event not in names), name.split('.')[0])
         sites.append(Site(name, kind, stage, size))
     return sites

@@ -324,9 +324,17 @@ class DrealTask(ClassificationTask):
             mode: str | None = None,
             **compile_kwargs: Any,
     ) -> nn.Module:
-        """Compile train and eval entry points; draws and probes stay outside."""
+        """Compile train and eval entry points; draws and probes stay outside.
+
+        With inductor the train entry point draws random numbers as eager mode does (`fallback_random`), so that a
+        probe can draw the same dropout masks again.
+        """
         trainable = self._trainable
         self.eval_model = cast(nn.Module, torch.compile(trainable.model, backend=backend, mode=mode, **compile_kwargs))
+        if backend == 'inductor':
+            options = torch._inductor.list_mode_options(mode) if mode is not None else {}
+            options = {**options, **compile_kwargs.pop('options', {}), 'fallback_random': True}
+            compile_kwargs, mode = {**compile_kwargs, 'options': options}, None
         self.trainable_module = cast(
             nn.Module, torch.compile(trainable, backend=backend, mode=mode, **compile_kwargs))
         return self.eval_model

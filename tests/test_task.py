@@ -5,9 +5,11 @@ import timm
 import torch
 from conftest import correct_targets, make_batch, make_model
 from oracle import lstm_by_hand, map_by_hand
+from timm.layers import SEModule
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
+from torch import nn
 
 import dreal_timm
 from dreal_timm import DrealTask
@@ -420,6 +422,7 @@ def test_other_image_size(caplog):
     assert any('pooled' in record.message for record in caplog.records)
 
 
+@pytest.mark.filterwarnings('ignore')  # of the compiler's own
 @pytest.mark.parametrize('attention', ['cbam'])
 def test_compile(attention):
     """A compiled task has the losses, rewards and gradients of an eager one, over several steps and epochs."""
@@ -446,6 +449,28 @@ def test_compile(attention):
     with torch.no_grad():
         logits = [task.get_eval_model()(input) for task in (eager, compiled)]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore')  # of the compiler's own
+def test_inductor_replays_dropout():
+    """Compiled by inductor, the judged pass draws masks that a probe can draw again: rewards are those of eager."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), SEModule(8), nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7),
+    )
+    input, _ = make_batch(size=8)
+    rewards = []
+    for compiled in (False, True):
+        task = make_task(copy.deepcopy(model), input_size=(3, 8, 8))
+        if compiled:
+            task.compile(mode='default')
+        torch.manual_seed(11)
+        target = task.get_trainable_module().train()(input)[0].argmax(dim=1)
+        torch.manual_seed(11)
+        rewards.append(task(input, target)['reward'])
+    assert (rewards[0] != -1).all()
+    torch.testing.assert_close(*rewards, rtol=0, atol=1e-5)
 
 
 def test_public_surface():

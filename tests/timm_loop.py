@@ -46,7 +46,8 @@ def train_one_epoch(task, batches, optimizer, loss_scaler=None, accum_steps=1, c
 
 
 def train(
-        task, make_batches, epochs, directory: Path, resume='', ema=True, scaler=True, lr=0.02, sched_epochs=4, **kwargs,
+        task, make_batches, epochs, directory: Path, resume='', ema=True, scaler=True, lr=0.02, sched_epochs=4,
+        **kwargs,
 ):
     """Train as timm's main() does; return the losses of all steps and the objects that hold the state."""
     optimizer = create_optimizer_v2(task.get_trainable_module(), 'sgd', lr=lr, weight_decay=1e-4)

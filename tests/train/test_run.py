@@ -40,17 +40,17 @@ def recipe(images, tmp_path, **values):
 def finished(images, tmp_path_factory):
     """A finished run of a few epochs."""
     path = tmp_path_factory.mktemp('output')
-    return run(recipe(images, path, epochs=5)), path / 'run'
+    return run(recipe(images, path, epochs=8)), path / 'run'
 
 
 def test_results(finished):
     """run() returns where everything is, and the metrics of each epoch; the network has learned."""
     results, directory = finished
     assert results['directory'] == str(directory)
-    assert len(results['epochs']) == 5
+    assert len(results['epochs']) == 8
     assert results['metrics']['top1'] == max(epoch['validation']['top1'] for epoch in results['epochs'])
     assert results['metrics'] == results['epochs'][results['best_epoch']]['validation']
-    assert results['metrics']['top1'] > 80
+    assert results['metrics']['top1'] > 60
     train = results['epochs'][-1]['train']
     assert {'loss', 'class_loss', 'actor_loss', 'critic_loss', 'top1', 'reward', 'quality'} <= set(train)
     assert train['loss'] == pytest.approx(train['class_loss'] + train['actor_loss'] + train['critic_loss'], abs=1e-5)
@@ -63,7 +63,7 @@ def test_files(finished, images):
         'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'model'}
     assert yaml.safe_load((directory / 'args.yaml').read_text())['data_dir'] == str(images)
     rows = list(csv.DictReader((directory / 'summary.csv').open()))
-    assert [int(row['epoch']) for row in rows] == list(range(5))
+    assert [int(row['epoch']) for row in rows] == list(range(8))
     assert {'train_reward', 'train_quality', 'eval_top1', 'lr'} <= set(rows[0])
 
 
@@ -72,11 +72,11 @@ def test_checkpoints(finished):
     results, directory = finished
     last = torch.load(directory / 'last.pth.tar', weights_only=True)
     best = torch.load(directory / 'model_best.pth.tar', weights_only=True)
-    assert (last['epoch'], best['epoch']) == (4, results['best_epoch'])
+    assert (last['epoch'], best['epoch']) == (7, results['best_epoch'])
     assert last['arch'] == 'test_resnet'
     assert not any('critic' in name for name in last['state_dict'])
     assert set(last['task_state']) == {'critic', 'rotation'}
-    assert last['task_state']['rotation']['epoch'] == 4
+    assert last['task_state']['rotation']['epoch'] == 7
     assert not list(directory.glob('*.tmp'))
 
 

@@ -1,0 +1,70 @@
+"""What the documents show runs, and what they list is so"""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreal_timm.attention import READERS
+from dreal_timm.train.keys import DREAL_KEYS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf'```{language}\n(.*?)```', text, flags=re.DOTALL)
+
+
+def test_loop_of_the_readme(tmp_path, monkeypatch):
+    """The plain loop of the first screen trains, and saves a network without a critic."""
+    monkeypatch.chdir(tmp_path)
+    loader = [(torch.randn(4, 3, 64, 64), torch.randint(10, (4,)))]
+    exec(blocks(README, 'python')[0], {'epochs': 2, 'loader': loader})
+    state = torch.load('model.pth', weights_only=True)
+    assert state
+    assert not any('critic' in name for name in state)
+
+
+def test_example_of_another_attention(capsys):
+    """The example of docs/method.md registers a class and finds its site."""
+    before = dict(READERS)
+    try:
+        exec(blocks((ROOT / 'docs' / 'method.md').read_text(encoding='utf-8'), 'python')[0], {})
+    finally:
+        READERS.clear()
+        READERS.update(before)
+    assert "Site(name='1', kind='channel'" in capsys.readouterr().out
+
+
+def test_table_of_the_readme():
+    """The table of models is what its command prints."""
+    printed = subprocess.run(
+        [sys.executable, 'benchmarks/model_table.py'], capture_output=True, text=True, check=True, cwd=ROOT,
+    ).stdout.splitlines()
+    rows = [line for line in printed if line.startswith('|')]
+    assert len(rows) == 17
+    assert [row for row in rows if row not in README] == []
+
+
+@pytest.mark.parametrize('key', DREAL_KEYS, ids=lambda key: key.name)
+def test_options_of_the_readme(key):
+    """Every option of DREAL stands in the README, by its name."""
+    assert f'{key.name}' in README
+
+
+def test_files_that_are_named_exist():
+    """Every file and link that the documents name is there."""
+    for path in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]:
+        text = path.read_text(encoding='utf-8')
+        for link in re.findall(r'\]\((?!http)([^)#]+)\)', text) + re.findall(r'python (benchmarks/\w+\.py)', text):
+            assert (path.parent / link).exists() or (ROOT / link).exists(), link
+
+
+def test_every_test_says_its_rule():
+    """Every test has a docstring."""
+    for path in (ROOT / 'tests').rglob('test_*.py'):
+        for body in re.findall(r'^def test_\w+\(.*?\):\n(.*)$', path.read_text(encoding='utf-8'), flags=re.MULTILINE):
+            assert body.strip().startswith('"""'), (path.name, body)
