@@ -51,7 +51,9 @@ def main() -> None:
         'plain': ClassificationTask(copy.deepcopy(model), device=device, verbose=False),
         'reinforced': DrealTask(model, device=device, verbose=False, input_size=size),
     }
-    optimizers = {name: create_optimizer_v2(task.get_trainable_module(), 'sgd', lr=0.01) for name, task in tasks.items()}
+    optimizers = {
+        name: create_optimizer_v2(task.get_trainable_module(), 'sgd', lr=0.01) for name, task in tasks.items()
+    }
     batch = (
         torch.randn(args.batch_size, *size, device=device),
         torch.randint(100, (args.batch_size,), device=device),
@@ -66,7 +68,8 @@ def main() -> None:
                 seconds[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
-        print(f'{name:10} {medians[name]:.4f} s a step (median of {len(values)}, {min(values):.4f} to {max(values):.4f})')
+        spread = f'median of {len(values)}, {min(values):.4f} to {max(values):.4f}'
+        print(f'{name:10} {medians[name]:.4f} s a step ({spread})')
     print(f"ratio      {medians['reinforced'] / medians['plain']:.2f}")
 
 

@@ -1,5 +1,6 @@
 """Checkpoints in timm's layout, written so that a broken write never replaces a good file"""
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def save_checkpoint(
         'metric': metric,
         **task.get_checkpoint_state(),
     }
-    for name in (LAST, BEST) if is_best else (LAST,):
-        scratch = directory / f'{name}.tmp'
-        torch.save(state, scratch)
-        os.replace(scratch, directory / name)
+    scratch = directory / f'{LAST}.tmp'
+    torch.save(state, scratch)
+    if is_best:
+        shutil.copyfile(scratch, directory / f'{BEST}.tmp')
+        os.replace(directory / f'{BEST}.tmp', directory / BEST)
+    os.replace(scratch, directory / LAST)

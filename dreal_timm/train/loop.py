@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
@@ -27,12 +28,13 @@ __all__ = ['run']
 _logger = logging.getLogger(__name__)
 
 
-def _run_directory(config: SimpleNamespace, input_size: tuple[int, ...]) -> Path:
+def _run_directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main: bool) -> Path:
+    """Return the folder of a run, as the first process names it; only that one looks whether it is free."""
     name = config.experiment or '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(config.model), str(input_size[-1]),
     ])
-    directory = Path(config.output or 'output/train') / name
-    if directory.exists() and any(directory.iterdir()):
+    directory = Path(broadcast_object_list([str(Path(config.output or 'output/train') / name)])[0])
+    if is_main and directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} exists and is not empty: choose another experiment=NAME, or remove it.")
     return directory
 
@@ -141,7 +143,7 @@ def run(config: SimpleNamespace | dict[str, Any] | str | Path, overrides: tuple[
         optimizer, **scheduler_kwargs(config, decreasing_metric=decreasing), updates_per_epoch=len(train_loader))
     prepared = accelerator.prepare(optimizer)
 
-    directory = _run_directory(config, data['input_size'])
+    directory = _run_directory(config, data['input_size'], is_main)
     args = to_dict(config)
     if is_main:
         directory.mkdir(parents=True, exist_ok=True)
