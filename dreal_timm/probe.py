@@ -6,6 +6,7 @@ leaves no trace in the model.
 
 Shape letters: B batch, K classes, P probed sites.
 """
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ def counterfactual(
         return log_probabilities(model(judged.input if dtype is None else judged.input.to(dtype)))
 
 
-class Probe:
+class Probe(ABC):
     """What every probe does: say which sites it judges in a step, and what the true class would have been given.
 
     Args:
@@ -193,13 +194,13 @@ class Probe:
         self.groups = list(groups)
         self.dtype = dtype
 
+    @abstractmethod
     def sites(self, drawn: Sequence[int]) -> list[tuple[int, Site]]:
         """Return (index of its group, site) for each column of the answer.
 
         Args:
             drawn: Index, in its group, of the site that was drawn, for each group.
         """
-        raise NotImplementedError
 
     def reference(self, model: nn.Module, judged: Judged, log_probs: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities (B, K) that rewards are measured against.
@@ -209,6 +210,7 @@ class Probe:
         """
         return log_probs if self.dtype is None else counterfactual(model, judged, [], self.dtype)
 
+    @abstractmethod
     def __call__(
             self,
             model: nn.Module,
@@ -224,7 +226,6 @@ class Probe:
             target: Class indices, (B,).
             sites: Sites to probe, one a column.
         """
-        raise NotImplementedError
 
 
 class ExactProbe(Probe):

@@ -9,18 +9,20 @@ import pytest
 import dreal_timm
 
 ROOT = Path(dreal_timm.__file__).parent
-CORE = {'attention', 'critic', 'reward', 'rotation', 'probe', 'losses', 'task'}
+CORE = {'readers', 'attention', 'critic', 'reward', 'rotation', 'probe', 'losses', 'trainable', 'task'}
 ALLOWED = {
     'version': set(),
     'layers': set(),
     'models': {'layers'},
-    'attention': {'layers'},
+    'readers': {'layers'},
+    'attention': {'readers'},
     'critic': set(),
     'reward': set(),
     'rotation': set(),
     'losses': set(),
     'probe': {'attention', 'reward'},
-    'task': {'attention', 'critic', 'probe', 'reward', 'rotation', 'losses'},
+    'trainable': {'attention', 'critic', 'probe', 'rotation'},
+    'task': {'readers', 'attention', 'critic', 'probe', 'reward', 'rotation', 'losses', 'trainable'},
     'data': set(),
     'hub': CORE | {'layers', 'models', 'data'},
     'train': CORE | {'layers', 'models', 'data', 'hub', 'version'},

@@ -9,17 +9,15 @@ from timm.layers import SEModule
 from torch import nn
 
 from dreal_timm.attention import (
-    READERS,
-    Reader,
     attention_parameters,
     bypass,
     find_sites,
     group_sites,
     read_map,
     record,
-    register_attention,
     scratch_buffers,
 )
+from dreal_timm.readers import READERS, Reader, register_attention
 
 
 def hook_count(model: nn.Module) -> int:

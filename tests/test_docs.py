@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreal_timm.attention import READERS
+from dreal_timm.readers import READERS
 from dreal_timm.train.keys import DREAL_KEYS
 
 ROOT = Path(__file__).parent.parent

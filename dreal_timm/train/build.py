@@ -120,6 +120,13 @@ def class_names(dataset: Any) -> list[str] | None:
     return sorted(known, key=lambda name: known[name])
 
 
+def check_labels(dataset: Any, num_classes: int) -> None:
+    """Raise a ValueError if the data set has more classes than the network."""
+    names = class_names(dataset)
+    if names is not None and len(names) > num_classes:
+        raise ValueError(f'num_classes: {num_classes}, but the data set has {len(names)} classes.')
+
+
 def build_loader(
         config: SimpleNamespace,
         dataset: Any,

@@ -1,6 +1,7 @@
 """The train loop: Accelerate launches and places, timm builds, the task learns"""
-import copy
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,12 +38,6 @@ def _run_directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main
     if is_main and directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} exists and is not empty: choose another experiment=NAME, or remove it.")
     return directory
-
-
-def _check_labels(dataset: Any, num_classes: int) -> None:
-    names = build.class_names(dataset)
-    if names is not None and len(names) > num_classes:
-        raise ValueError(f'num_classes: {num_classes}, but the data set has {len(names)} classes.')
 
 
 def train_one_epoch(
@@ -91,7 +86,117 @@ def train_one_epoch(
     return meter.means()
 
 
-def run(config: SimpleNamespace | dict[str, Any] | str | Path, overrides: tuple[str, ...] | list[str] = ()) -> dict:
+@dataclass
+class Run:
+    """All that a run is made of.
+
+    Attributes:
+        config: The configuration, with the learning rate that is used.
+        accelerator: Accelerate's accelerator.
+        model: The network.
+        data: Preprocessing of the images.
+        task: The task that trains the network.
+        optimizer: timm's optimizer.
+        scheduler: timm's scheduler, or None.
+        epochs: Number of epochs, warm-up and cool-down included.
+        train_loader: Loader of the training split.
+        val_loader: Loader of the validation split.
+        class_names: Names of the classes, where the data set knows them.
+        directory: Folder of the run.
+    """
+    config: SimpleNamespace
+    accelerator: Accelerator
+    model: Any
+    data: dict[str, Any]
+    task: TrainingTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    epochs: int
+    train_loader: Any
+    val_loader: Any
+    class_names: list[str] | None
+    directory: Path
+
+
+def _set_up(config: SimpleNamespace) -> Run:
+    """Check and build everything; nothing is written."""
+    if config.eval_metric not in ('top1', 'top5', 'loss'):
+        raise ValueError(f"eval_metric: expected 'top1', 'top5' or 'loss', got '{config.eval_metric}'.")
+    build.import_device_modules(config)
+    accelerator = Accelerator(cpu=config.device == 'cpu')
+    device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
+    random_seed(config.seed, accelerator.process_index)
+
+    model: Any = build.build_model(config)
+    data = build.data_config(config, model)
+    channels = data['input_size'][0]
+    train_set = build.build_dataset(config, config.train_split, channels, is_training=True)
+    val_set = build.build_dataset(config, config.val_split, channels, is_training=False)
+    for dataset in (train_set, val_set):
+        build.check_labels(dataset, model.num_classes)
+    task = build.build_task(config, model.to(device), device, data['input_size'], verbose=is_main)
+    optimizer = build.build_optimizer(config, task.get_trainable_module(), config.batch_size * processes)
+    train_loader = build.build_loader(config, train_set, data, device, True, distributed=processes > 1)
+    val_loader = build.build_loader(config, val_set, data, device, False, distributed=processes > 1)
+    if processes > 1:
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
+    scheduler, epochs = create_scheduler_v2(
+        optimizer,
+        **scheduler_kwargs(config, decreasing_metric=config.eval_metric == 'loss'),
+        updates_per_epoch=len(train_loader),
+    )
+    directory = _run_directory(config, data['input_size'], is_main)
+    if is_main:
+        _logger.info(
+            f'{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set):,} images to '
+            f'train on, {len(val_set):,} to validate on, device {device}, {directory}'
+        )
+    return Run(
+        config, accelerator, model, data, task, optimizer, scheduler, epochs, train_loader, val_loader,
+        build.class_names(train_set), directory,
+    )
+
+
+def _fit(this: Run) -> tuple[list[dict[str, Any]], int]:
+    """Train all epochs; return the metrics of each, and the number of the best."""
+    config, accelerator, directory = this.config, this.accelerator, this.directory
+    distributed = accelerator.num_processes > 1
+    sign = -1 if config.eval_metric == 'loss' else 1
+    optimizer = accelerator.prepare(this.optimizer)
+    history: list[dict[str, Any]] = []
+    best_epoch, best_metric = 0, -float('inf')
+    for epoch in range(this.epochs):
+        # data order and augmentation depend on seed and epoch alone, with or without a critic
+        random_seed(config.seed + 1_000_003 * (epoch + 1), accelerator.process_index)
+        if hasattr(this.train_loader.sampler, 'set_epoch'):
+            this.train_loader.sampler.set_epoch(epoch)
+        lr = optimizer.param_groups[0]['lr']
+        train_metrics = train_one_epoch(
+            epoch, this.epochs, this.task, this.train_loader, optimizer, accelerator, this.scheduler,
+            config.log_interval,
+        )
+        metrics = evaluate(this.task.get_eval_model(), this.val_loader, accelerator.device, distributed)
+        metric = metrics[config.eval_metric]
+        is_best = sign * metric > best_metric
+        if is_best:
+            best_epoch, best_metric = epoch, sign * metric
+        history.append({'epoch': epoch, 'train': train_metrics, 'validation': metrics})
+        if accelerator.is_main_process:
+            update_summary(epoch, train_metrics, metrics, str(directory / 'summary.csv'), lr=lr)
+            save_checkpoint(directory, this.task, this.optimizer, epoch, to_dict(config), metric, is_best)
+            _logger.info(
+                f'epoch {epoch + 1}/{this.epochs}  loss {train_metrics["loss"]:.3f}  top1 {metrics["top1"]:.2f}%  '
+                f'best {config.eval_metric} {sign * best_metric:.4g} (epoch {best_epoch + 1})'
+            )
+        if this.scheduler is not None:
+            this.scheduler.step(epoch + 1, metric)
+    return history, best_epoch
+
+
+def run(
+        config: SimpleNamespace | Mapping[str, Any] | str | Path,
+        overrides: Sequence[str] = (),
+) -> dict[str, Any]:
     """Train a network as a recipe says, and export the best epoch without its critic.
 
     The run's folder holds `args.yaml`, `summary.csv`, `last.pth.tar`, `model_best.pth.tar` and `model/`, which
@@ -113,82 +218,24 @@ def run(config: SimpleNamespace | dict[str, Any] | str | Path, overrides: tuple[
         FileExistsError: The run's folder exists and is not empty.
         ValueError: A setting is wrong.
     """
-    if not isinstance(config, SimpleNamespace):
-        config = load_config(config, overrides)
-    config = copy.deepcopy(config)
-    if config.eval_metric not in ('top1', 'top5', 'loss'):
-        raise ValueError(f"eval_metric: expected 'top1', 'top5' or 'loss', got '{config.eval_metric}'.")
-    build.import_device_modules(config)
-    accelerator = Accelerator(cpu=config.device == 'cpu')
-    device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
-    random_seed(config.seed, accelerator.process_index)
-
-    build.check_model_name(config.model)
-    model: Any = build.build_model(config)
-    data = build.data_config(config, model)
-    channels = data['input_size'][0]
-    train_set = build.build_dataset(config, config.train_split, channels, is_training=True)
-    val_set = build.build_dataset(config, config.val_split, channels, is_training=False)
-    for dataset in (train_set, val_set):
-        _check_labels(dataset, model.num_classes)
-    model.to(device)
-    task = build.build_task(config, model, device, data['input_size'], verbose=is_main)
-    optimizer = build.build_optimizer(config, task.get_trainable_module(), config.batch_size * processes)
-    train_loader = build.build_loader(config, train_set, data, device, True, distributed=processes > 1)
-    val_loader = build.build_loader(config, val_set, data, device, False, distributed=processes > 1)
-    if processes > 1:
-        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
-    decreasing = config.eval_metric == 'loss'
-    scheduler, epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(config, decreasing_metric=decreasing), updates_per_epoch=len(train_loader))
-    prepared = accelerator.prepare(optimizer)
-
-    directory = _run_directory(config, data['input_size'], is_main)
-    args = to_dict(config)
+    if isinstance(config, SimpleNamespace):
+        config = to_dict(config)
+    this = _set_up(load_config(config, overrides))
+    is_main, directory = this.accelerator.is_main_process, this.directory
     if is_main:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / 'args.yaml').write_text(yaml.safe_dump(args, sort_keys=False), encoding='utf-8')
-        _logger.info(
-            f'{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set):,} images to '
-            f'train on, {len(val_set):,} to validate on, device {device}, {directory}'
-        )
-
-    history: list[dict[str, Any]] = []
-    best_epoch, best_metric = 0, float('inf') if decreasing else -float('inf')
-    for epoch in range(epochs):
-        # data order and augmentation depend on seed and epoch alone, with or without a critic
-        random_seed(config.seed + 1_000_003 * (epoch + 1), accelerator.process_index)
-        if hasattr(train_loader.sampler, 'set_epoch'):
-            train_loader.sampler.set_epoch(epoch)
-        lr = optimizer.param_groups[0]['lr']
-        train_metrics = train_one_epoch(
-            epoch, epochs, task, train_loader, prepared, accelerator, scheduler, config.log_interval)
-        metrics = evaluate(task.get_eval_model(), val_loader, device, distributed=processes > 1)
-        metric = metrics[config.eval_metric]
-        is_best = metric < best_metric if decreasing else metric > best_metric
-        if is_best:
-            best_epoch, best_metric = epoch, metric
-        history.append({'epoch': epoch, 'train': train_metrics, 'validation': metrics})
-        if is_main:
-            update_summary(epoch, train_metrics, metrics, str(directory / 'summary.csv'), lr=lr)
-            save_checkpoint(directory, task, optimizer, epoch, args, metric, is_best)
-            _logger.info(
-                f'epoch {epoch + 1}/{epochs}  loss {train_metrics["loss"]:.3f}  top1 {metrics["top1"]:.2f}%  '
-                f'best {config.eval_metric} {best_metric:.4g} (epoch {best_epoch + 1})'
-            )
-        if scheduler is not None:
-            scheduler.step(epoch + 1, metric)
-
-    exported = directory / 'model'
+        args = yaml.safe_dump(to_dict(this.config), sort_keys=False)
+        (directory / 'args.yaml').write_text(args, encoding='utf-8')
+    history, best_epoch = _fit(this)
     if is_main:
         best = torch.load(directory / BEST, map_location='cpu', weights_only=True)
-        model.load_state_dict(best['state_dict'])
-        export(model, exported, data_config=data, label_names=build.class_names(train_set))
-    accelerator.wait_for_everyone()
+        this.model.load_state_dict(best['state_dict'])
+        export(this.model, directory / 'model', data_config=this.data, label_names=this.class_names)
+    this.accelerator.wait_for_everyone()
     return {
         'directory': str(directory),
-        'model': str(exported),
+        'model': str(directory / 'model'),
         'best_epoch': best_epoch,
-        'metrics': history[best_epoch]['validation'] if history else {},
+        'metrics': history[best_epoch]['validation'],
         'epochs': history,
     }
