@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from timm.models import get_model_input_config
-from timm.utils import unwrap_model
 from torch import nn
 
 from dreal_timm.readers import READERS, Reader
@@ -159,7 +158,6 @@ def find_sites(model: nn.Module, input_size: Sequence[int] | None = None) -> lis
     Raises:
         ValueError: No `input_size` is given and the model is none of timm's, or a gate is called more than once.
     """
-    model = unwrap_model(model)
     if input_size is None:
         if not hasattr(model, 'pretrained_cfg'):
             raise ValueError(f'{type(model).__name__} is not a timm model: pass input_size=(C, H, W).')
@@ -212,7 +210,7 @@ def record(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Readin
     def on_input(name: str, reader: Reader) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             with torch.no_grad():
-                readings[name] = Reading(*reader.describe(module, args[0]))
+                readings[name] = Reading(*reader.describe(module, args[0].detach()))
         return hook
 
     with ExitStack() as stack:

@@ -29,6 +29,8 @@ def _loading_line(directory: str) -> str:
 
 def _validate(args: argparse.Namespace) -> None:
     from dreal_timm.train.validate import validate
+    if args.results and (Path(args.results).exists() or not Path(args.results).parent.is_dir()):
+        raise FileExistsError(f"--results: '{args.results}' exists, or its folder does not.")
     results = validate(
         args.model, args.data, dataset=args.dataset, split=args.split, checkpoint=args.checkpoint,
         batch_size=args.batch_size, workers=args.workers, device=args.device,
@@ -40,6 +42,12 @@ def _validate(args: argparse.Namespace) -> None:
 
 def _recipes(args: argparse.Namespace) -> None:
     from dreal_timm.train import find_recipe, list_recipes
+    from dreal_timm.train.keys import DREAL_KEYS, KEYS
+    if args.keys:
+        for prefix, keys in (('', KEYS), ('dreal.', DREAL_KEYS)):
+            for key in keys:
+                print(f'{prefix + key.name:26} {json.dumps(key.default):22} {key.help}')
+        return
     if args.copy:
         source, target = find_recipe(args.copy), Path(args.to)
         target = target / source.name if target.is_dir() else target
@@ -88,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
     recipes = commands.add_parser('recipes', help='list the recipes of the package, or copy one')
     recipes.add_argument('--copy', metavar='NAME', default='', help='recipe to copy')
+    recipes.add_argument('--keys', action='store_true', help='list the keys of a recipe with their defaults')
     recipes.add_argument('--to', metavar='PATH', default='.', help='where to copy it to (this folder)')
     recipes.set_defaults(function=_recipes)
 
@@ -99,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _one_line(error: Exception) -> str:
+    text = ' '.join(str(error).split())
+    if isinstance(error, (ValueError, OSError, ModuleNotFoundError)) and text:
+        return text
+    return f'{type(error).__name__}: {text[:300]} (dreal-timm --debug ... shows where)'
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 2 after an error of the user's, told in one line."""
     args = _parser().parse_args(argv)
@@ -107,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         args.function(args)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except Exception as error:  # one line for whatever goes wrong; --debug shows the rest
         if args.debug:
             raise
-        print(f'dreal-timm {args.command}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'dreal-timm {args.command}: error: {_one_line(error)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f'dreal-timm {args.command}: interrupted', file=sys.stderr)

@@ -121,7 +121,7 @@ class Critic(nn.ModuleDict):
             device = kwargs.pop('device', None)
             super().__init__({name: RecurrentCritic(size, **kwargs) for name, size in sizes.items()})
         if device is not None:
-            self.to(device) if torch.device(device).type != 'meta' else self.to_empty(device='meta')
+            self.to(device)
 
     def forward(
             self,

@@ -23,7 +23,8 @@ class Reader:
     Attributes:
         kind: 'channel' (a map over C, (B, C, 1, 1)) or 'spatial' (a map over H x W, (B, 1, H, W)).
         describe: (module, input (B, C, H, W)) -> (state, descriptors). The state is the input averaged down to the
-            map's own shape (the F~ of Eq. 2), the descriptors are the tensors that the map is computed from.
+            map's own shape (the F~ of Eq. 2), the descriptors are the tensors that the map is computed from. The input
+            comes detached; a descriptor must be a tensor that nothing changes in place later.
         evaluate: (module, *descriptors) -> map. Must equal, bit for bit, the map that the module's forward uses.
         gate: Name of the submodule whose output is the map.
     """

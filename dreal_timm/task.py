@@ -3,6 +3,7 @@
 Shape letters: B batch, K classes, L sites of all groups, P probed sites.
 """
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import torch
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dreal_timm.attention import Group, attention_parameters, find_sites, group_sites
 from dreal_timm.critic import Critic
@@ -62,7 +64,8 @@ class DrealTask(ClassificationTask):
 
     Raises:
         ValueError: The model has no attention site, none of its attention parameters is trainable, one of its layers
-            cannot be probed, gamma is larger than reward_clip, or an option has an unknown value.
+            cannot be probed, the model is wrapped already, gamma does not lie in (0, reward_clip], or an option has
+            an unknown value.
 
     Examples:
 
@@ -98,13 +101,18 @@ class DrealTask(ClassificationTask):
             critic_depth: int = 1,
     ):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        if reward_clip is not None and not 0 < gamma <= reward_clip:
+        if not 0 < gamma <= (math.inf if reward_clip is None else reward_clip):
             raise ValueError(f'gamma must lie in (0, reward_clip], got gamma={gamma} and reward_clip={reward_clip}.')
+        if not 0 <= actor_weight < math.inf:
+            raise ValueError(f'actor_weight must be 0 or more, got {actor_weight}.')
+        if isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'):
+            raise ValueError('Pass the plain network; compile() and prepare_distributed() are methods of the task.')
+        if probe_dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+            raise ValueError("probe_dtype='float32' needs a network with float32 weights, under autocast.")
         if probe not in PROBES:
             raise ValueError(f"Unknown probe '{probe}', expected one of {sorted(PROBES)}.")
         if probe_dtype not in (None, 'float32', torch.float32):
             raise ValueError(f"probe_dtype must be None or 'float32', got {probe_dtype!r}.")
-        model = unwrap_model(model)
         groups = group_sites(find_sites(model, input_size))
         if not groups:
             raise ValueError(
@@ -172,10 +180,7 @@ class DrealTask(ClassificationTask):
         """
         trainable = self._trainable
         if not (trainable.training and torch.is_grad_enabled()):
-            model = self.get_eval_model()
-            assert model is not None
-            output = model(input)
-            return {'loss': self.criterion(output, target), 'output': output}
+            return self._evaluate(input, target)
 
         rng = rng_state(input.device)
         output, actor_quality, critic_quality, norms = self.trainable_module(input)
@@ -192,7 +197,9 @@ class DrealTask(ClassificationTask):
             l_q = actor_loss(actor_quality).mean()
             l_r = reduce_critic_loss(critic_loss(quality, rewards), [group for group, _ in probed])
             # 0 times the sum: every critic parameter has a gradient in every step, as DDP needs
-            loss = class_loss + self.actor_weight * l_q + l_r + 0 * critic_quality.sum()
+            loss = class_loss + l_r + 0 * critic_quality.sum()
+            if self.actor_weight:
+                loss = loss + self.actor_weight * l_q
         trainable.rotation.advance()
         return {
             'loss': loss,
@@ -202,8 +209,19 @@ class DrealTask(ClassificationTask):
             'critic_loss': l_r.detach(),
             'probed': [site.name for _, site in probed],
             'reward': rewards,
-            'quality': quality.detach().where(~rewards.isnan(), torch.full_like(rewards, float('nan'))),
+            'quality': quality.detach().where(~rewards.isnan(), torch.full_like(rewards, math.nan)),
         }
+
+    def _evaluate(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Class loss alone; with gradients through DDP's wrapper, which must see its parameters."""
+        if torch.is_grad_enabled() and isinstance(self.trainable_module, DistributedDataParallel):
+            output, actor_quality, critic_quality, _ = self.trainable_module(input)
+            loss = self.criterion(output, target) + 0 * (actor_quality.sum() + critic_quality.sum())
+            return {'loss': loss, 'output': output}
+        model = self.get_eval_model()
+        assert model is not None
+        output = model(input)
+        return {'loss': self.criterion(output, target), 'output': output}
 
     def _column(self, name: str) -> int:
         return [site.name for group in self.groups for site in group.sites].index(name)
@@ -219,6 +237,8 @@ class DrealTask(ClassificationTask):
         """Reward of each sample and site, (B, P)."""
         model = self._trainable.model
         target = target_class(target)
+        known = (target >= 0) & (target < output.shape[1])  # a criterion may ignore labels such as -100
+        target = target.where(known, torch.zeros_like(target))
         log_probs = log_probabilities(output)
         reference = self.probe.reference(model, judged, log_probs)
         bypassed = self.probe(model, judged, target, sites)
@@ -226,7 +246,7 @@ class DrealTask(ClassificationTask):
         if not self._noise_logged and output.dtype in (torch.float16, torch.bfloat16):
             self._noise_logged = True
             self._log_noise(judged, log_probs, target, rewards)
-        return rewards
+        return rewards.where(known[:, None], torch.full_like(rewards, math.nan))
 
     def _log_noise(
             self,
@@ -258,6 +278,8 @@ class DrealTask(ClassificationTask):
         With inductor the train entry point draws random numbers as eager mode does (`fallback_random`), so that a
         probe can draw the same dropout masks again.
         """
+        if isinstance(self.trainable_module, DistributedDataParallel):
+            raise RuntimeError('compile() must come before prepare_distributed().')
         trainable = self._trainable
         self.eval_model = cast(nn.Module, torch.compile(trainable.model, backend=backend, mode=mode, **compile_kwargs))
         if backend == 'inductor':
@@ -299,7 +321,7 @@ class DrealTask(ClassificationTask):
             ema: bool = False,
     ) -> None:
         """Load what `get_task_state` returned. A checkpoint without it (of plain training) leaves a fresh critic."""
-        if not state:
+        if not state or 'critic' not in state:
             _logger.info('The checkpoint holds no critic: it starts fresh.')
             return
         module = module if module is not None else self.get_trainable_module(ema=ema)

@@ -30,7 +30,7 @@ ALLOWED = {
     '__init__': CORE | {'models', 'version'},
 }
 PACKAGES = {  # beside the standard library, torch and timm
-    'train': {'accelerate', 'tqdm', 'yaml'},
+    'train': {'accelerate', 'safetensors', 'tqdm', 'yaml'},
     'data': {'numpy', 'PIL', 'sklearn', 'torchvision'},
     'hub': {'safetensors'},
     'probe': {'torchvision'},

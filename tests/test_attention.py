@@ -163,6 +163,35 @@ def test_gradient_of_a_map_reaches_attention_parameters_alone(attention):
     assert reached == set(attention_parameters(model, sites))
 
 
+def test_a_descriptor_that_is_the_input_has_no_graph():
+    """Also a reader that returns the input itself as descriptor keeps the backbone out of the map's graph."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Conv2d(8, 8, 1)
+            self.gate = nn.Sigmoid()
+
+        def forward(self, x):
+            return x * self.gate(self.fc(x).mean((2, 3), keepdim=True))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Gated())
+    reader = Reader(
+        'channel', lambda m, x: (x.mean((2, 3), keepdim=True), (x,)),
+        lambda m, x: m.gate(m.fc(x).mean((2, 3), keepdim=True)),
+    )
+    try:
+        register_attention(Gated, reader)
+        sites = find_sites(model, (3, 16, 16))
+        with record(model, sites) as readings:
+            model(make_batch(size=16)[0])
+        read_map(model, sites[0], readings['1']).sum().backward()
+    finally:
+        READERS.pop(Gated, None)
+    assert model[0].weight.grad is None
+    assert model[1].fc.weight.grad is not None
+
+
 def test_reading_a_map_leaves_buffers(attention):
     """A gate with batch norm does not update its buffers twice."""
     model = make_model(attention).train()

@@ -50,6 +50,8 @@ def test_train_and_validate(digits, tmp_path, capsys):
     (['train', 'quickstart', 'dreal.probe=guess'], "Unknown probe 'guess'"),
     (['validate', '/nowhere/at/all', '--data', '.'], "No folder '/nowhere/at/all'"),
     (['recipes', '--copy', 'nothing'], "No recipe 'nothing'"),
+    (['train', 'quickstart', 'aa=foo'], 'AssertionError'),
+    (['validate', 'x', '--data', '.', '--results', '/nowhere/x.json'], '--results'),
 ])
 def test_errors_are_one_line(digits, arguments, message, capsys, tmp_path, monkeypatch):
     """Wrong input gets one line and exit code 2, no traceback, and leaves no file."""
@@ -85,6 +87,11 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys):
     copied = tmp_path / 'quickstart.yaml'
     assert copied.read_text().startswith('# Reinforced SE-ResNet-18')
     assert main(['recipes', '--copy', 'quickstart', '--to', str(tmp_path)]) == 2
+    capsys.readouterr()
+    assert main(['recipes', '--keys']) == 0
+    keys = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert {'epochs', 'dreal.gamma'} <= set(keys)
+    assert ' 300 ' in keys['epochs']
 
 
 @pytest.mark.parametrize('arguments', [[], ['fly'], ['train'], ['data', 'imagenet', 'x'], ['validate', 'x']])

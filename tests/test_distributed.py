@@ -1,6 +1,7 @@
 """Two gloo processes against one"""
 import os
 import socket
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,6 @@ def _free_port() -> int:
 
 def _make_task() -> TrainingTask:
     model = make_model('cbam', group_norm=True)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.track_running_stats = True
     task = DrealTask(model, verbose=False, input_size=(3, 48, 48))
     task.get_trainable_module().train()
     for module in model.modules():  # statistics of a part of a batch differ: off, as the parity asks
@@ -49,6 +47,44 @@ def _worker(rank: int, port: int, path: str) -> None:
     }
     torch.save(state, f'{path}/{rank}.pt')
     dist.destroy_process_group()
+
+
+def _training_worker(rank: int, port: int, path: str) -> None:
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    task = DrealTask(make_model('cbam'), verbose=False, input_size=(3, 48, 48), rotate='step')
+    task.prepare_distributed()
+    module = task.get_trainable_module()
+    module.train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
+    for step in range(4):
+        batch = make_batch(batch_size=4, size=48, seed=10 * step + rank)
+        with task.no_sync() if step % 2 == 0 else nullcontext():
+            task(*batch)['loss'].backward()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    module.eval()
+    loss = task(*make_batch(batch_size=4, size=48, seed=rank))['loss']
+    loss.backward()
+    torch.save({
+        'parameters': dict(module.named_parameters()),
+        'grads': {name: p.grad for name, p in module.named_parameters()},
+        'rotation': module.module.rotation.state_dict(),
+    }, f'{path}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_two_processes_train(tmp_path):
+    """With batch norm in training mode and no_sync, both processes keep equal weights; so they do in eval mode."""
+    torch.multiprocessing.spawn(_training_worker, args=(_free_port(), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
+    assert first['rotation'] == second['rotation'] == {'epoch': 0, 'step': 4, 'steps_in_epoch': 4}
+    for kind in ('parameters', 'grads'):
+        for name, value in first[kind].items():
+            assert torch.equal(value, second[kind][name]), (kind, name)
+            assert value.isfinite().all()
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -349,7 +349,9 @@ def test_critic_options(kwargs):
 
 
 @pytest.mark.parametrize(('kwargs', 'message'), [
-    (dict(gamma=2.0), 'reward_clip'), (dict(gamma=0.0), 'gamma'), (dict(probe='guess'), "'exact'"),
+    (dict(gamma=-1.0, reward_clip=None), 'gamma'), (dict(actor_weight=-1.0), 'actor_weight'),
+    (dict(actor_weight=float('nan')), 'actor_weight'), (dict(gamma=2.0), 'reward_clip'), (dict(gamma=0.0), 'gamma'),
+    (dict(probe='guess'), "'exact'"),
     (dict(probe_dtype='float16'), 'float32'), (dict(rotate='never'), 'rotate'), (dict(critic_cell='rnn'), 'lstm'),
     (dict(input_size=(64, 64)), 'C, H, W'),
 ])
@@ -363,6 +365,44 @@ def test_gamma_beyond_the_literal_equation():
     """Without a clip any gamma is allowed, and wrong samples get it."""
     task = make_task(make_model('se'), gamma=3.0, reward_clip=None)
     assert task(*make_batch())['reward'].min() == -3.0
+
+
+def test_wrapped_and_half_models():
+    """A compiled network is refused, and so are float32 rewards of a network that has no float32 weights."""
+    with pytest.raises(ValueError, match='plain network'):
+        make_task(torch.compile(make_model('se'), backend='eager'))
+    with pytest.raises(ValueError, match='float32 weights'):
+        make_task(make_model('se').to(torch.bfloat16), probe_dtype='float32')
+
+
+def test_ignored_labels_are_not_probed():
+    """A label that the criterion ignores has no reward; the other samples keep theirs."""
+    model = make_model('se').train()
+    input, _ = make_batch()
+    target = correct_targets(model, input, seed=11)
+    ignored = target.clone()
+    ignored[1] = -100
+    rewards = []
+    for labels in (target, ignored):
+        task = make_task(copy.deepcopy(model), criterion=nn.CrossEntropyLoss(ignore_index=-100))
+        torch.manual_seed(11)
+        result = task(input, labels)
+        result['loss'].backward()
+        rewards.append(result['reward'])
+    assert rewards[1][1].isnan().all()
+    keep = [0, *range(2, 8)]
+    assert torch.equal(rewards[0][keep], rewards[1][keep])
+
+
+def test_a_broken_critic_leaves_plain_training_alone():
+    """With actor_weight=0 not even NaN weights of the critic reach the network."""
+    model = make_model('se')
+    task = make_task(model, actor_weight=0.0)
+    with torch.no_grad():
+        for parameter in task.get_trainable_module().critic.parameters():
+            parameter.fill_(float('nan'))
+    task(*make_batch())['loss'].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_model_without_sites_is_refused():

@@ -3,7 +3,10 @@
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository (its
 test set), https://archive.ics.uci.edu/dataset/80 - licence CC BY 4.0.
 """
+import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -36,6 +39,14 @@ def prepare_digits(directory: str | Path) -> dict[str, int]:
     except ModuleNotFoundError:
         raise ModuleNotFoundError('The digits come with scikit-learn: pip install scikit-learn') from None
     digits = load_digits()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f'.{directory.name}-') as scratch:
+        counts = _write(digits, Path(scratch) / 'digits')
+        os.replace(Path(scratch) / 'digits', directory)
+    return counts
+
+
+def _write(digits: Any, directory: Path) -> dict[str, int]:
     counts = {'train': 0, 'validation': 0}
     seen = dict.fromkeys(range(10), 0)
     for image, label in zip(digits.images, digits.target.tolist(), strict=True):

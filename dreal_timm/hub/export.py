@@ -19,10 +19,15 @@ __all__ = ['export']
 
 
 @torch.no_grad()
-def _test_tensors(model: Any, batch_size: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+def _test_tensors(
+        model: Any,
+        input_size: Sequence[int],
+        batch_size: int = 2,
+        seed: int = 0,
+) -> dict[str, torch.Tensor]:
     """A random input and what the model makes of it, by the names that timm's own test tensors have."""
     generator = torch.Generator().manual_seed(seed)
-    input = torch.randn(batch_size, *get_model_input_config(model)['input_size'], generator=generator)
+    input = torch.randn(batch_size, *input_size, generator=generator)
     features = model.forward_features(input)
     return {
         'input': input,
@@ -87,7 +92,8 @@ def export(
             data_config=None if data_config is None else dict(data_config),
         )
         (scratch / 'test').mkdir()
-        save_file(_test_tensors(plain), scratch / 'test' / 'rand_tensors.safetensors')
+        input_size = (data_config or {}).get('input_size') or get_model_input_config(plain)['input_size']
+        save_file(_test_tensors(plain, input_size), scratch / 'test' / 'rand_tensors.safetensors')
         _check(scratch)
         scratch.chmod(0o755)
         os.replace(scratch, directory)

@@ -50,7 +50,8 @@ class SrmModule(nn.Module):
         x = x.flatten(2)
         mean = x.mean(2, keepdim=True)
         positions = x.shape[2]
-        variance = (x - mean).square().sum(2, keepdim=True) / max(positions - 1, 1)
+        # a mean first: the sum of squares would overflow in float16
+        variance = (x - mean).square().mean(2, keepdim=True) * (positions / max(positions - 1, 1))
         return torch.cat([mean, (variance + self.eps).sqrt()], dim=2)
 
     def style_integrate(self, style: torch.Tensor) -> torch.Tensor:
@@ -60,5 +61,5 @@ class SrmModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         attention = self.style_integrate(self.style_pool(x))
-        # under autocast the statistics and the CFC are float32; the features keep their type
+        # under autocast the CFC is float32 and so is its map; the features keep their type
         return x * attention.to(x.dtype)

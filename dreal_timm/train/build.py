@@ -32,7 +32,7 @@ def import_device_modules(config: SimpleNamespace) -> None:
 def check_model_name(name: str) -> None:
     """Raise a ValueError that names the nearest model if timm knows none of this name."""
     source, model = timm.models.parse_model_name(name)
-    if source is None and not timm.is_model(model):
+    if source is None and (not model or not timm.is_model(model)):
         base = model.split('.')[0]
         raise ValueError(f"Unknown model '{name}'{nearest(base, timm.list_models())}.")
 
@@ -86,6 +86,8 @@ def build_dataset(config: SimpleNamespace, split: str, channels: int, is_trainin
     """
     if not config.data_dir:
         raise ValueError('data_dir: the recipe names no folder of images; add data_dir=DIR.')
+    if config.dataset and '/' not in config.dataset:
+        raise ValueError(f"dataset: expected kind/name such as torch/fashion_mnist, got '{config.dataset}'.")
     if not config.dataset_download and '/' not in config.dataset and not Path(config.data_dir).exists():
         raise FileNotFoundError(f"data_dir: no folder '{config.data_dir}'.")
     try:
@@ -120,9 +122,15 @@ def class_names(dataset: Any) -> list[str] | None:
     return sorted(known, key=lambda name: known[name])
 
 
-def check_labels(dataset: Any, num_classes: int) -> None:
-    """Raise a ValueError if the data set has more classes than the network."""
-    names = class_names(dataset)
+def check_labels(train_set: Any, val_set: Any, num_classes: int) -> None:
+    """Raise a ValueError if the splits have other classes than each other, or more than the network."""
+    names, val_names = class_names(train_set), class_names(val_set)
+    if names is not None and val_names is not None and names != val_names:
+        differing = sorted(set(names) ^ set(val_names))
+        raise ValueError(
+            f'The splits have different classes, so that labels would not agree: {", ".join(differing)} '
+            'without an image in one of them. A class_map names the classes of both.'
+        )
     if names is not None and len(names) > num_classes:
         raise ValueError(f'num_classes: {num_classes}, but the data set has {len(names)} classes.')
 
@@ -196,7 +204,7 @@ def build_optimizer(config: SimpleNamespace, module: nn.Module, global_batch_siz
     Raises:
         ValueError: timm has no such optimizer.
     """
-    if config.opt.lower() not in list_optimizers():
+    if not config.opt or config.opt.lower() not in list_optimizers():
         raise ValueError(f"Unknown optimizer '{config.opt}'{nearest(config.opt, list_optimizers())}.")
     if config.lr is None:
         ratio = global_batch_size / config.lr_base_size

@@ -45,17 +45,22 @@ def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     return f" (did you mean '{matches[0]}'?)" if matches else ''
 
 
+def _parse(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """['dreal.enabled=false', 'epochs=3'] -> {'dreal': {'enabled': False}, 'epochs': 3}."""
     values: dict[str, Any] = {}
+    texts = {key.name: key.type for key in KEYS} | {f'dreal.{key.name}': key.type for key in DREAL_KEYS}
     for override in overrides:
         name, equals, text = override.partition('=')
         if not equals or not name:
             raise ValueError(f"Expected key=value, got '{override}'.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
+        value = text if texts.get(name) == 'str' and text != 'null' else _parse(text)
         *parents, leaf = name.split('.')
         target = values
         for parent in parents:
@@ -74,12 +79,19 @@ def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _resolve(values: Mapping[str, Any], keys: Sequence[Key], where: str) -> dict[str, Any]:
-    known = {key.name: key for key in keys}
+def _asks_for_nothing(value: Any) -> bool:
+    return value is None or value is False or value in ('', [], {})
+
+
+def _check_keys(values: Mapping[str, Any], keys: Sequence[Key], where: str = '', lenient: bool = False) -> None:
+    known = [key.name for key in keys]
     for name, value in values.items():
         # timm writes all of its keys into args.yaml: those without a value ask for nothing
-        if name not in known and value not in (None, False, '', [], {}):
+        if name not in known and not (lenient and _asks_for_nothing(value)):
             raise ValueError(f"Unknown key '{where}{name}'{nearest(str(name), known)}.")
+
+
+def _resolve(values: Mapping[str, Any], keys: Sequence[Key], where: str) -> dict[str, Any]:
     resolved = {}
     for key in keys:
         value = values.get(key.name, key.default)
@@ -110,10 +122,15 @@ def load_config(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
             raise ValueError(f'{path} is no YAML file: {str(error).splitlines()[0]}') from None
         if not isinstance(values, dict):
             raise ValueError(f'{path} holds no keys and values.')
-    values = _merge(values, _parse_overrides(overrides))
-    dreal = values.pop('dreal', None) or {}
+    settings = _parse_overrides(overrides)
+    _check_keys({name: value for name, value in settings.items() if name != 'dreal'}, KEYS)
+    values = _merge(values, settings)
+    dreal = values.pop('dreal', None)
+    dreal = {} if dreal is None else dreal
     if not isinstance(dreal, dict):
         raise ValueError(f'dreal: expected a mapping, got {dreal!r}.')
+    _check_keys(values, KEYS, lenient=True)
+    _check_keys(dreal, DREAL_KEYS, 'dreal.')
     config = SimpleNamespace(**_resolve(values, KEYS, ''))
     config.dreal = SimpleNamespace(**_resolve(dreal, DREAL_KEYS, 'dreal.'))
     return config

@@ -1,5 +1,6 @@
 """The train loop: Accelerate launches and places, timm builds, the task learns"""
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
-from timm.utils import random_seed, update_summary
+from timm.utils import distribute_bn, random_seed, update_summary
 
 from dreal_timm.hub import export
 from dreal_timm.task import DrealTask
@@ -83,6 +84,8 @@ def train_one_epoch(
             progress.step(index, meter)
     finally:
         progress.close()
+    if accelerator.num_processes > 1:
+        meter.reduce(accelerator)
     return meter.means()
 
 
@@ -120,10 +123,10 @@ class Run:
 
 def _set_up(config: SimpleNamespace) -> Run:
     """Check and build everything; nothing is written."""
-    if config.eval_metric not in ('top1', 'top5', 'loss'):
-        raise ValueError(f"eval_metric: expected 'top1', 'top5' or 'loss', got '{config.eval_metric}'.")
     build.import_device_modules(config)
     accelerator = Accelerator(cpu=config.device == 'cpu')
+    if config.device not in (None, 'cpu', accelerator.device.type):
+        raise ValueError(f"device: '{config.device}' is not there; the launcher gives {accelerator.device}.")
     device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     random_seed(config.seed, accelerator.process_index)
 
@@ -132,8 +135,7 @@ def _set_up(config: SimpleNamespace) -> Run:
     channels = data['input_size'][0]
     train_set = build.build_dataset(config, config.train_split, channels, is_training=True)
     val_set = build.build_dataset(config, config.val_split, channels, is_training=False)
-    for dataset in (train_set, val_set):
-        build.check_labels(dataset, model.num_classes)
+    build.check_labels(train_set, val_set, model.num_classes)
     task = build.build_task(config, model.to(device), device, data['input_size'], verbose=is_main)
     optimizer = build.build_optimizer(config, task.get_trainable_module(), config.batch_size * processes)
     train_loader = build.build_loader(config, train_set, data, device, True, distributed=processes > 1)
@@ -149,7 +151,7 @@ def _set_up(config: SimpleNamespace) -> Run:
     if is_main:
         _logger.info(
             f'{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set):,} images to '
-            f'train on, {len(val_set):,} to validate on, device {device}, {directory}'
+            f'train on, {len(val_set):,} to validate on, {processes} x {device.type}, {directory}'
         )
     return Run(
         config, accelerator, model, data, task, optimizer, scheduler, epochs, train_loader, val_loader,
@@ -157,39 +159,46 @@ def _set_up(config: SimpleNamespace) -> Run:
     )
 
 
-def _fit(this: Run) -> tuple[list[dict[str, Any]], int]:
+def _fit(run_state: Run) -> tuple[list[dict[str, Any]], int]:
     """Train all epochs; return the metrics of each, and the number of the best."""
-    config, accelerator, directory = this.config, this.accelerator, this.directory
+    config, accelerator, directory = run_state.config, run_state.accelerator, run_state.directory
     distributed = accelerator.num_processes > 1
     sign = -1 if config.eval_metric == 'loss' else 1
-    optimizer = accelerator.prepare(this.optimizer)
+    optimizer = accelerator.prepare(run_state.optimizer)
     history: list[dict[str, Any]] = []
-    best_epoch, best_metric = 0, -float('inf')
-    for epoch in range(this.epochs):
+    best_epoch, best_metric = 0, math.nan
+    for epoch in range(run_state.epochs):
         # data order and augmentation depend on seed and epoch alone, with or without a critic
-        random_seed(config.seed + 1_000_003 * (epoch + 1), accelerator.process_index)
-        if hasattr(this.train_loader.sampler, 'set_epoch'):
-            this.train_loader.sampler.set_epoch(epoch)
+        random_seed((config.seed + 1_000_003 * (epoch + 1)) % 2**31, accelerator.process_index)
+        if hasattr(run_state.train_loader.sampler, 'set_epoch'):
+            run_state.train_loader.sampler.set_epoch(epoch)
         lr = optimizer.param_groups[0]['lr']
         train_metrics = train_one_epoch(
-            epoch, this.epochs, this.task, this.train_loader, optimizer, accelerator, this.scheduler,
-            config.log_interval,
+            epoch, run_state.epochs, run_state.task, run_state.train_loader, optimizer, accelerator,
+            run_state.scheduler, config.log_interval,
         )
-        metrics = evaluate(this.task.get_eval_model(), this.val_loader, accelerator.device, distributed)
+        if not math.isfinite(train_metrics['loss']):
+            raise RuntimeError(
+                f"epoch {epoch + 1}: the loss is {train_metrics['loss']}, training has diverged. Try a smaller lr; "
+                f'the checkpoints of the epochs before are in {directory}.'
+            )
+        if distributed:
+            distribute_bn(run_state.task.get_trainable_module(), accelerator.num_processes, reduce=True)
+        metrics = evaluate(run_state.task.get_eval_model(), run_state.val_loader, accelerator.device, distributed)
         metric = metrics[config.eval_metric]
-        is_best = sign * metric > best_metric
+        is_best = epoch == 0 or sign * metric > best_metric
         if is_best:
             best_epoch, best_metric = epoch, sign * metric
         history.append({'epoch': epoch, 'train': train_metrics, 'validation': metrics})
         if accelerator.is_main_process:
             update_summary(epoch, train_metrics, metrics, str(directory / 'summary.csv'), lr=lr)
-            save_checkpoint(directory, this.task, this.optimizer, epoch, to_dict(config), metric, is_best)
+            save_checkpoint(directory, run_state.task, run_state.optimizer, epoch, to_dict(config), metric, is_best)
             _logger.info(
-                f'epoch {epoch + 1}/{this.epochs}  loss {train_metrics["loss"]:.3f}  top1 {metrics["top1"]:.2f}%  '
+                f'epoch {epoch + 1}/{run_state.epochs}  loss {train_metrics["loss"]:.3f}  top1 {metrics["top1"]:.2f}%  '
                 f'best {config.eval_metric} {sign * best_metric:.4g} (epoch {best_epoch + 1})'
             )
-        if this.scheduler is not None:
-            this.scheduler.step(epoch + 1, metric)
+        if run_state.scheduler is not None:
+            run_state.scheduler.step(epoch + 1, metric)
     return history, best_epoch
 
 
@@ -220,18 +229,18 @@ def run(
     """
     if isinstance(config, SimpleNamespace):
         config = to_dict(config)
-    this = _set_up(load_config(config, overrides))
-    is_main, directory = this.accelerator.is_main_process, this.directory
+    run_state = _set_up(load_config(config, overrides))
+    is_main, directory = run_state.accelerator.is_main_process, run_state.directory
     if is_main:
         directory.mkdir(parents=True, exist_ok=True)
-        args = yaml.safe_dump(to_dict(this.config), sort_keys=False)
+        args = yaml.safe_dump(to_dict(run_state.config), sort_keys=False)
         (directory / 'args.yaml').write_text(args, encoding='utf-8')
-    history, best_epoch = _fit(this)
+    history, best_epoch = _fit(run_state)
     if is_main:
         best = torch.load(directory / BEST, map_location='cpu', weights_only=True)
-        this.model.load_state_dict(best['state_dict'])
-        export(this.model, directory / 'model', data_config=this.data, label_names=this.class_names)
-    this.accelerator.wait_for_everyone()
+        run_state.model.load_state_dict(best['state_dict'])
+        export(run_state.model, directory / 'model', data_config=run_state.data, label_names=run_state.class_names)
+    run_state.accelerator.wait_for_everyone()
     return {
         'directory': str(directory),
         'model': str(directory / 'model'),

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from dreal_timm.reward import target_class
@@ -23,7 +24,8 @@ class Meter:
         self.samples = 0
 
     def _add(self, name: str, total: torch.Tensor, count: torch.Tensor | int) -> None:
-        self._sums[name] = self._sums.get(name, 0) + total.detach().double()
+        wide = torch.float32 if total.device.type == 'mps' else torch.float64
+        self._sums[name] = self._sums.get(name, 0) + total.detach().to(wide)
         self._counts[name] = self._counts.get(name, 0) + count
 
     def update(self, result: dict[str, Any], target: torch.Tensor) -> None:
@@ -41,7 +43,13 @@ class Meter:
                 self._add(name, result[name].nan_to_num().sum(), probed.sum())
         if 'reward' in result:
             probed = ~result['reward'].isnan() & correct[:, None]
-            self._add('reward_correct', result['reward'].where(probed, torch.zeros(())).sum(), probed.sum())
+            self._add('reward_correct', result['reward'].where(probed, 0.0).sum(), probed.sum())
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Add up the sums of all processes."""
+        for name, total in self._sums.items():
+            count = torch.as_tensor(self._counts[name], device=total.device).to(total.dtype)
+            self._sums[name], self._counts[name] = accelerator.reduce(torch.stack([total, count])).unbind()
 
     def means(self) -> dict[str, float]:
         """Return the means: losses, top1 (percent), reward, quality, and the reward of correct samples alone."""

@@ -5,6 +5,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from dreal_timm.train import build
 from dreal_timm.train.config import load_config
@@ -40,7 +41,7 @@ def validate(
 
     Raises:
         FileNotFoundError: The folder, the data or the checkpoint is missing.
-        ValueError: No such model, or it has no weights.
+        ValueError: No such model, or it has no weights, or they do not fit.
     """
     name = model
     if Path(model).is_dir():
@@ -55,7 +56,12 @@ def validate(
     source, _ = timm.models.parse_model_name(name)
     if source is None and not checkpoint and not timm.models.is_model_pretrained(name):
         raise ValueError(f"'{model}' has no published weights: name a folder, or pass a checkpoint.")
-    network = timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None)
+    try:
+        network = timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None)
+    except (RuntimeError, KeyError, SafetensorError) as error:
+        what = f"'{checkpoint}' as weights of '{model}'" if checkpoint else f"'{model}'"
+        hint = ' (a run exports its best epoch to the folder model/)' if checkpoint else ''
+        raise ValueError(f'Cannot load {what}{hint}: {str(error)[:200]}') from error
 
     settings = dict(
         data_dir=str(data_dir), dataset=dataset, val_split=split, batch_size=batch_size, workers=workers)

@@ -28,6 +28,7 @@ def test_round_trip(tmp_path, attention):
     input = torch.randn(3, 1, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded(input), model.eval()(input))
+    assert load_file(folder / 'test' / 'rand_tensors.safetensors')['input'].shape[1:] == (1, 32, 32)
     cfg = loaded.pretrained_cfg
     assert tuple(cfg['input_size']) == (1, 32, 32)
     assert (list(cfg['mean']), list(cfg['std'])) == ([0.3], [0.4])

@@ -263,6 +263,13 @@ def test_compile(training):
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
 
 
+def test_float16_does_not_overflow():
+    """The sum of squares of a large map leaves float16's range, its mean does not."""
+    x = 8 * torch.randn(2, 4, 56, 56, generator=torch.Generator().manual_seed(0))
+    style = SrmModule(4).half().style_pool(x.half())
+    torch.testing.assert_close(style.float(), SrmModule(4).style_pool(x), rtol=1e-2, atol=1e-2)
+
+
 def test_features_keep_their_type_under_autocast():
     """The statistics are computed in float32 under autocast, the features stay in bfloat16."""
     srm = SrmModule(4)

@@ -71,6 +71,12 @@ def test_reward_clip_may_be_null():
     ({'dreal': {'gamma': 'x'}}, 'dreal.gamma: expected a number'),
     ({'dreal': {'rotate': 'never'}}, "dreal.rotate: expected 'epoch', 'step' or a whole number"),
     ({'dreal': 3}, 'dreal: expected a mapping'),
+    ({'hflip': 5}, 'hflip: must be 1 or less'),
+    ({'scale': 0.5}, 'scale: expected 2 values'),
+    ({'interpolation': 'foo'}, "interpolation: expected one of .*'bicubic'"),
+    ({'sched': 'foo'}, "sched: expected one of 'cosine'"),
+    ({'epoch': 0}, r"Unknown key 'epoch' \(did you mean 'epochs'\?\)"),
+    ({'dreal': {'enable': False}}, r"Unknown key 'dreal.enable' \(did you mean 'enabled'\?\)"),
     ({'epochs': 0}, 'epochs: must be 1 or more, got 0'),
     ({'batch_size': -8}, 'batch_size: must be 1 or more'),
     ({'workers': -1}, 'workers: must be 0 or more'),
@@ -105,6 +111,11 @@ def test_overrides():
     for wrong in ('epochs', '=3'):
         with pytest.raises(ValueError, match='key=value'):
             load_config({}, [wrong])
+    for wrong in ('dreal.enable=false', 'jsd_loss=false', 'worker=0'):
+        with pytest.raises(ValueError, match='Unknown key'):
+            load_config({}, [wrong])
+    for text in ('010', '2024_01', '1:30', 'on'):
+        assert load_config({}, [f'experiment={text}']).experiment == text
 
 
 def test_recipes_are_found():

@@ -1,5 +1,10 @@
 import copy
 import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -7,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+import dreal_timm
 from dreal_timm.train import load_config, run
 from dreal_timm.train.progress import Meter, Progress
 from dreal_timm.train.validate import validate
@@ -150,6 +156,9 @@ def test_nothing_is_overwritten(images, tmp_path):
     ({'mean': [0.1, 0.2]}, ValueError, 'mean: 2 values for images of 1 channels'),
     ({'opt': 'sdg'}, ValueError, r"Unknown optimizer 'sdg' \(did you mean 'sgd"),
     ({'eval_metric': 'top3'}, ValueError, 'top3'),
+    ({'device': 'banana'}, ValueError, "device: 'banana'"),
+    ({'dataset': 'foo'}, ValueError, 'kind/name'),
+    ({'model': ''}, ValueError, 'Unknown model'),
     ({'batch_size': 64}, ValueError, 'batch_size: 64'),
     ({'initial_checkpoint': '/nowhere.pth'}, FileNotFoundError, '/nowhere.pth'),
     ({'dreal': {'gamma': 2.0}}, ValueError, 'reward_clip'),
@@ -159,6 +168,55 @@ def test_wrong_settings(images, tmp_path, values, error, message):
     with pytest.raises(error, match=message):
         run(recipe(images, tmp_path, **values))
     assert not list(tmp_path.iterdir())
+
+
+def test_splits_with_different_classes(images, tmp_path):
+    """An empty class folder would shift the labels of one split: the class is named."""
+    shutil.copytree(images, tmp_path / 'images')
+    for path in (tmp_path / 'images' / 'validation' / 'class1').iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r'different classes.*class1'):
+        run(recipe(tmp_path / 'images', tmp_path / 'output'))
+
+
+def test_divergence_stops_the_run(images, tmp_path):
+    """A loss that is not finite ends the run with the epoch and the folder, not with a model of NaN."""
+    with pytest.raises(RuntimeError, match=r'epoch \d: the loss is (nan|inf).*lr'):
+        run(recipe(images, tmp_path, lr=1e20, eval_metric='loss'))
+    assert not (tmp_path / 'run' / 'model').exists()
+
+
+def test_checkpoint_that_does_not_fit(finished, images):
+    """A checkpoint of another network is refused in a line."""
+    with pytest.raises(ValueError, match=r'Cannot load .*model_best'):
+        validate('resnet18', images, checkpoint=finished[1] / 'model_best.pth.tar', workers=0, device='cpu')
+
+
+def test_two_processes(images, tmp_path):
+    """Two processes train one network on one folder, and the exported model has the metrics that were reported."""
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(yaml.safe_dump(recipe(images, tmp_path, batch_size=4)))
+    process = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m',
+         'dreal_timm.train', str(path)],
+        check=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, cwd=Path(dreal_timm.__file__).parent.parent,
+        capture_output=True, text=True,
+    )
+    assert '2 x cpu' in process.stdout + process.stderr
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    best = max(float(row['eval_top1']) for row in rows)
+    measured = validate(str(tmp_path / 'run' / 'model'), images, workers=0, device='cpu')
+    assert measured['top1'] == pytest.approx(best, abs=1e-4)
+
+
+def test_module_reports_errors_in_a_line(tmp_path):
+    """python -m dreal_timm.train says what is wrong in one line, with exit code 2."""
+    process = subprocess.run(
+        [sys.executable, '-m', 'dreal_timm.train', 'nothing'], capture_output=True, text=True,
+        cwd=Path(dreal_timm.__file__).parent.parent,
+    )
+    assert process.returncode == 2
+    assert 'Traceback' not in process.stderr
 
 
 def test_device_modules(images, tmp_path):
