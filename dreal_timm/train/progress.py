@@ -73,7 +73,9 @@ class Progress:
         self._interval = max(interval, 1)
         self._enabled = enabled
         self._start = time.perf_counter()
-        self._bar = tqdm(total=steps, desc=self._name, leave=False, dynamic_ncols=True) if enabled and sys.stderr.isatty() else None
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, desc=self._name, leave=False, dynamic_ncols=True)
 
     def step(self, index: int, meter: Meter) -> None:
         """Count a step; index starts at 0."""
