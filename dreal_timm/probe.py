@@ -22,8 +22,18 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from dreal_timm.attention import Group, Site, bypass, scratch_buffers
 
-__all__ = ['PROBES', 'ExactProbe', 'Judged', 'Probe', 'check_probeable', 'log_probabilities', 'record_norms',
-           'rng_state']
+__all__ = [
+    'PROBES',
+    'ExactProbe',
+    'Judged',
+    'Probe',
+    'check_probeable',
+    'counterfactual',
+    'log_probabilities',
+    'null_noise',
+    'record_norms',
+    'rng_state',
+]
 
 Stats = tuple[torch.Tensor, torch.Tensor]
 
@@ -180,6 +190,19 @@ def counterfactual(
         stack.enter_context(bypass(model, sites))
         stack.enter_context(nullcontext() if dtype is None else torch.autocast(device.type, enabled=False))
         return log_probabilities(model(judged.input if dtype is None else judged.input.to(dtype)))
+
+
+def null_noise(model: nn.Module, judged: Judged, log_probs: torch.Tensor, target: torch.Tensor) -> float:
+    """Return the rms over the batch of what a pass that bypasses nothing changes in log p of the true class.
+
+    Args:
+        model: The model itself, with no wrapper around it.
+        judged: What the judged pass left.
+        log_probs: Its log-probabilities, (B, K).
+        target: Class indices, (B,).
+    """
+    difference = counterfactual(model, judged, []) - log_probs
+    return difference.gather(1, target[:, None]).square().mean().sqrt().item()
 
 
 class Probe(ABC):

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dreal_timm.attention import Group, attention_parameters, find_sites, group_sites
 from dreal_timm.critic import Critic
 from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
-from dreal_timm.probe import PROBES, Judged, check_probeable, counterfactual, log_probabilities, rng_state
+from dreal_timm.probe import PROBES, Judged, check_probeable, log_probabilities, null_noise, rng_state
 from dreal_timm.readers import READERS
 from dreal_timm.reward import is_correct, reward, target_class
 from dreal_timm.rotation import Rotation
@@ -25,6 +25,29 @@ from dreal_timm.trainable import DrealTrainableModule
 __all__ = ['DrealTask']
 
 _logger = logging.getLogger(__name__)
+
+
+def _check_options(
+        model: nn.Module,
+        gamma: float,
+        actor_weight: float,
+        probe: str,
+        reward_clip: float | None,
+        probe_dtype: str | torch.dtype | None,
+) -> None:
+    if not 0 < gamma <= (math.inf if reward_clip is None else reward_clip):
+        raise ValueError(f'gamma must lie in (0, reward_clip], got gamma={gamma} and reward_clip={reward_clip}.')
+    if not 0 <= actor_weight < math.inf:
+        raise ValueError(f'actor_weight must be 0 or more, got {actor_weight}.')
+    if probe not in PROBES:
+        raise ValueError(f"Unknown probe '{probe}', expected one of {sorted(PROBES)}.")
+    if probe_dtype not in (None, 'float32', torch.float32):
+        raise ValueError(f"probe_dtype must be None or 'float32', got {probe_dtype!r}.")
+    if probe_dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        raise ValueError("probe_dtype='float32' needs a network with float32 weights, under autocast.")
+    if isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'):
+        raise ValueError('Pass the plain network; compile() and prepare_distributed() are methods of the task.')
+    check_probeable(model)
 
 
 class DrealTask(ClassificationTask):
@@ -101,18 +124,7 @@ class DrealTask(ClassificationTask):
             critic_depth: int = 1,
     ):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        if not 0 < gamma <= (math.inf if reward_clip is None else reward_clip):
-            raise ValueError(f'gamma must lie in (0, reward_clip], got gamma={gamma} and reward_clip={reward_clip}.')
-        if not 0 <= actor_weight < math.inf:
-            raise ValueError(f'actor_weight must be 0 or more, got {actor_weight}.')
-        if isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'):
-            raise ValueError('Pass the plain network; compile() and prepare_distributed() are methods of the task.')
-        if probe_dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-            raise ValueError("probe_dtype='float32' needs a network with float32 weights, under autocast.")
-        if probe not in PROBES:
-            raise ValueError(f"Unknown probe '{probe}', expected one of {sorted(PROBES)}.")
-        if probe_dtype not in (None, 'float32', torch.float32):
-            raise ValueError(f"probe_dtype must be None or 'float32', got {probe_dtype!r}.")
+        _check_options(model, gamma, actor_weight, probe, reward_clip, probe_dtype)
         groups = group_sites(find_sites(model, input_size))
         if not groups:
             raise ValueError(
@@ -121,7 +133,6 @@ class DrealTask(ClassificationTask):
                 "timm.list_models('dreal_*') lists networks that have them, dreal_timm.find_sites(model) tells of any "
                 'network, and dreal_timm.register_attention() adds a class of modules.'
             )
-        check_probeable(model)
         self.gamma = gamma
         self.actor_weight = actor_weight
         self.reward_clip = reward_clip
@@ -245,27 +256,16 @@ class DrealTask(ClassificationTask):
         rewards = reward(reference, bypassed, target, gamma=self.gamma, clip=self.reward_clip)
         if not self._noise_logged and output.dtype in (torch.float16, torch.bfloat16):
             self._noise_logged = True
-            self._log_noise(judged, log_probs, target, rewards)
+            if self.probe.dtype is None:
+                noise = null_noise(model, judged, log_probs, target)
+                right = rewards[known & is_correct(log_probs, target)]
+                spread = right.std().item() if right.numel() > 1 else math.nan
+                _logger.info(
+                    f'Low precision: a pass that changes nothing moves log p by {noise:.2g} (rms); the rewards of '
+                    f'correctly classified samples have a standard deviation of {spread:.2g}. '
+                    "probe_dtype='float32' removes the noise."
+                )
         return rewards.where(known[:, None], torch.full_like(rewards, math.nan))
-
-    def _log_noise(
-            self,
-            judged: Judged,
-            log_probs: torch.Tensor,
-            target: torch.Tensor,
-            rewards: torch.Tensor,
-    ) -> None:
-        """Log how far a pass that bypasses nothing is from the judged one, beside the spread of the rewards."""
-        if self.probe.dtype is not None:
-            return
-        null = counterfactual(self._trainable.model, judged, [])
-        noise = (null - log_probs).gather(1, target[:, None]).square().mean().sqrt().item()
-        right = rewards[is_correct(log_probs, target)]
-        spread = right.std().item() if right.numel() > 1 else float('nan')
-        _logger.info(
-            f'Low precision: a pass that changes nothing moves log p by {noise:.2g} (rms); the rewards of correctly '
-            f"classified samples have a standard deviation of {spread:.2g}. probe_dtype='float32' removes the noise."
-        )
 
     def compile(
             self,
