@@ -66,15 +66,6 @@ def _reader(model: nn.Module, site: Site) -> tuple[nn.Module, Reader]:
 
 
 @contextmanager
-def _hooks(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def _inference_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradient checkpointing, for a while; every module gets its own flags back."""
     names = ('training', 'grad_checkpointing')
@@ -134,11 +125,10 @@ def _trace(model: nn.Module, input_size: Sequence[int]) -> tuple[list[tuple[str,
         stack.enter_context(_inference_mode(model))
         for name, module in known.items():
             if (reader := READERS.get(type(module))) is not None:
-                handle = module.get_submodule(reader.gate).register_forward_hook(on_gate(name))
-                stack.enter_context(_hooks([handle]))
+                stack.callback(module.get_submodule(reader.gate).register_forward_hook(on_gate(name)).remove)
         for name in features:
             if name in known:
-                stack.enter_context(_hooks([known[name].register_forward_hook(on_feature(name))]))
+                stack.callback(known[name].register_forward_hook(on_feature(name)).remove)
         stack.enter_context(torch.no_grad())
         torch.func.functional_call(model, tensors, (torch.empty(2, *input_size, dtype=dtype, device='meta'),))
     return calls, events
@@ -216,7 +206,7 @@ def record(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Readin
     with ExitStack() as stack:
         for site in sites:
             module, reader = _reader(model, site)
-            stack.enter_context(_hooks([module.register_forward_pre_hook(on_input(site.name, reader))]))
+            stack.callback(module.register_forward_pre_hook(on_input(site.name, reader)).remove)
         yield readings
 
 
@@ -241,7 +231,7 @@ def bypass(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     with ExitStack() as stack:
         for site in sites:
             module, reader = _reader(model, site)
-            stack.enter_context(_hooks([module.get_submodule(reader.gate).register_forward_hook(flatten)]))
+            stack.callback(module.get_submodule(reader.gate).register_forward_hook(flatten).remove)
         yield
 
 

@@ -46,5 +46,6 @@ def reduce_critic_loss(error: torch.Tensor, groups: Sequence[int]) -> torch.Tens
     loss = error.new_zeros(())
     for group in sorted(set(groups)):
         columns = [i for i, g in enumerate(groups) if g == group]
-        loss = loss + total[columns].sum() / count[columns].sum().clamp(min=1)
+        probed_there = torch.stack([count[i] for i in columns]).sum()
+        loss = loss + torch.stack([total[i] for i in columns]).sum() / probed_there.clamp(min=1)
     return loss

@@ -7,7 +7,7 @@ leaves no trace in the model.
 Shape letters: B batch, K classes, P probed sites.
 """
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -113,8 +113,9 @@ def _batch_stats(module: nn.Module, x: torch.Tensor) -> Stats:
 
 
 def _join_stats(mean: torch.Tensor, variance: torch.Tensor, count: int, process_group: Any) -> Stats:
-    weight = torch.full_like(mean, count)
-    sums = torch.stack([weight, weight * mean, weight * (variance + mean.square())]).double()
+    # in float64: the variance is a difference of large sums
+    wide, counts = mean.double(), torch.full_like(mean, count, dtype=torch.float64)
+    sums = torch.stack([counts, counts * wide, counts * (variance.double() + wide.square())])
     dist.all_reduce(sums, group=process_group)
     joint = sums[1] / sums[0]
     return joint.to(mean.dtype), (sums[2] / sums[0] - joint.square()).clamp(min=0).to(mean.dtype)
@@ -124,22 +125,18 @@ def _join_stats(mean: torch.Tensor, variance: torch.Tensor, count: int, process_
 def record_norms(model: nn.Module) -> Iterator[dict[str, list[Stats]]]:
     """Record, for the passes inside the context, the statistics of each batch norm that uses the batch's."""
     stats: dict[str, list[Stats]] = {}
-    handles = []
 
-    def on_input(name: str):
+    def on_input(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             with torch.no_grad():
                 stats.setdefault(name, []).append(_batch_stats(module, args[0]))
         return hook
 
-    try:
+    with ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-                handles.append(module.register_forward_pre_hook(on_input(name)))
+                stack.callback(module.register_forward_pre_hook(on_input(name)).remove)
         yield stats
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -147,7 +144,7 @@ def _replay_norms(model: nn.Module, norms: Mapping[str, Sequence[Stats]]) -> Ite
     """Let batch norms use recorded statistics, as in evaluation mode; flags and buffers are given back."""
     saved = []
 
-    def on_input(pairs: Iterator[Stats]):
+    def on_input(pairs: Iterator[Stats]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             module._buffers['running_mean'], module._buffers['running_var'] = next(pairs)
         return hook
@@ -182,7 +179,7 @@ def counterfactual(
         dtype: torch.float32 runs the pass in float32 with autocast off. None keeps the autocast around the call.
     """
     device = judged.input.device
-    other = [m for name, m in model.named_modules() if name not in judged.norms]
+    other = [m for name, m in model.named_modules() if m.training and name not in judged.norms]
     with ExitStack() as stack:
         stack.enter_context(_replay_rng(judged.rng, device))
         stack.enter_context(scratch_buffers(other))

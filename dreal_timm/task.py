@@ -203,8 +203,7 @@ class DrealTask(ClassificationTask):
         probed = self.probe.sites(trainable.rotation.draw())
         rewards = self._rewards(judged, output.detach(), target, [site for _, site in probed])
         with torch.autocast(input.device.type, enabled=False):
-            columns = [self._column(site.name) for _, site in probed]
-            quality = critic_quality[:, columns]
+            quality = torch.stack([critic_quality[:, self._column(site.name)] for _, site in probed], dim=1)
             l_q = actor_loss(actor_quality).mean()
             l_r = reduce_critic_loss(critic_loss(quality, rewards), [group for group, _ in probed])
             # 0 times the sum: every critic parameter has a gradient in every step, as DDP needs

@@ -18,8 +18,8 @@ from dreal_timm.task import DrealTask
 from dreal_timm.train.config import nearest
 
 __all__ = [
-    'build_dataset', 'build_loader', 'build_model', 'build_optimizer', 'build_task', 'check_model_name', 'class_names',
-    'data_config', 'import_device_modules',
+    'build_dataset', 'build_loader', 'build_model', 'build_optimizer', 'build_task', 'check_labels',
+    'check_model_name', 'class_names', 'data_config', 'import_device_modules',
 ]
 
 
@@ -158,7 +158,8 @@ def build_loader(
     )
     if not is_training:
         batch_size = config.validation_batch_size or config.batch_size
-        return create_loader(dataset, batch_size=batch_size, crop_pct=data['crop_pct'], **kwargs)
+        crop = dict(crop_pct=data['crop_pct'], crop_mode=data['crop_mode'])
+        return create_loader(dataset, batch_size=batch_size, **crop, **kwargs)
     if len(dataset) < config.batch_size:
         raise ValueError(f'batch_size: {config.batch_size} images a batch, but the training split has {len(dataset)}.')
     if not config.no_aug and config.train_interpolation:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dreal_timm.critic import CELLS
+
 __all__ = ['DREAL_KEYS', 'KEYS', 'Key', 'convert']
 
 
@@ -179,7 +181,7 @@ DREAL_KEYS = [
     Key('reward_clip', 'float', 1.0, 'bound of the reward; null is the literal equation', nullable=True),
     Key('probe_dtype', 'str', None, "'float32' measures rewards in float32 under autocast", choices=('float32',)),
     Key('seed', 'int', None, "seed of critic and draw; None is the run's seed", minimum=0),
-    Key('critic_cell', 'str', 'lstm', "'lstm' or 'gru'", choices=('lstm', 'gru')),
+    Key('critic_cell', 'str', 'lstm', "'lstm' or 'gru'", choices=tuple(CELLS)),
     Key('critic_hidden_size', 'int', 1, 'hidden units of a critic', minimum=1),
     Key('critic_depth', 'int', 1, 'cells of a critic', minimum=1),
 ]

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 import dreal_timm
-from dreal_timm.train import load_config, run
+from dreal_timm.train import build, load_config, run
 from dreal_timm.train.progress import Meter, Progress
 from dreal_timm.train.validate import validate
 
@@ -242,6 +242,21 @@ def test_validate_errors(images, tmp_path):
     ):
         with pytest.raises(error, match=message):
             validate(model, images, workers=0, device='cpu')
+
+
+def test_crop_mode_of_the_model(images):
+    """Validation crops as the model's configuration says: 'squash' sees the borders that 'center' cuts off."""
+    config = load_config(dict(data_dir=str(images), workers=0, batch_size=1))
+    data = dict(input_size=(1, 8, 8), interpolation='bilinear', mean=(0.0,), std=(1.0,), crop_pct=1.0)
+    image = Image.new('L', (64, 16))
+    image.paste(255, (0, 0, 8, 16))  # white at the left border
+    seen = {}
+    for mode in ('center', 'squash'):
+        dataset = build.build_dataset(config, 'validation', 1, is_training=False)
+        build.build_loader(config, dataset, data | {'crop_mode': mode}, torch.device('cpu'), is_training=False)
+        seen[mode] = torch.as_tensor(dataset.transform(image)).max().item()
+    assert seen['center'] == 0
+    assert seen['squash'] == 255
 
 
 def test_labels_out_of_range(finished, images, tmp_path):
