@@ -256,7 +256,7 @@ def test_crop_mode_of_the_model(images):
         build.build_loader(config, dataset, data | {'crop_mode': mode}, torch.device('cpu'), is_training=False)
         seen[mode] = torch.as_tensor(dataset.transform(image)).max().item()
     assert seen['center'] == 0
-    assert seen['squash'] == 255
+    assert seen['squash'] > 128
 
 
 def test_labels_out_of_range(finished, images, tmp_path):
