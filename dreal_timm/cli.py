@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dreal_timm.errors import one_line
 from dreal_timm.version import __version__
 
 __all__ = ['main']
@@ -43,7 +44,7 @@ def _validate(args: argparse.Namespace) -> None:
 
 def _recipes(args: argparse.Namespace) -> None:
     from dreal_timm.train import find_recipe, list_recipes
-    from dreal_timm.train.keys import DREAL_KEYS, KEYS
+    from dreal_timm.train.table import DREAL_KEYS, KEYS
     if args.keys:
         for prefix, keys in (('', KEYS), ('dreal.', DREAL_KEYS)):
             for key in keys:
@@ -109,13 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _one_line(error: Exception) -> str:
-    text = ' '.join(str(error).split())
-    if isinstance(error, (ValueError, OSError, ModuleNotFoundError)) and text:
-        return text
-    return f'{type(error).__name__}: {text[:300]} (dreal-timm --debug ... shows where)'
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 2 after an error of the user's, told in one line."""
     args = _parser().parse_args(argv)
@@ -129,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # one line for whatever goes wrong; --debug shows the rest
         if args.debug:
             raise
-        print(f'dreal-timm {args.command}: error: {_one_line(error)}', file=sys.stderr)
+        print(f'dreal-timm {args.command}: error: {one_line(error)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f'dreal-timm {args.command}: interrupted', file=sys.stderr)

@@ -12,6 +12,7 @@ ROOT = Path(dreal_timm.__file__).parent
 CORE = {'readers', 'attention', 'critic', 'reward', 'rotation', 'probe', 'losses', 'trainable', 'task'}
 ALLOWED = {
     'version': set(),
+    'errors': set(),
     'layers': set(),
     'models': {'layers'},
     'readers': {'layers'},
@@ -25,8 +26,8 @@ ALLOWED = {
     'task': {'readers', 'attention', 'critic', 'probe', 'reward', 'rotation', 'losses', 'trainable'},
     'data': set(),
     'hub': CORE | {'layers', 'models', 'data'},
-    'train': CORE | {'layers', 'models', 'data', 'hub', 'version'},
-    'cli': CORE | {'layers', 'models', 'data', 'hub', 'train', 'version'},
+    'train': CORE | {'layers', 'models', 'data', 'hub', 'version', 'errors'},
+    'cli': CORE | {'layers', 'models', 'data', 'hub', 'train', 'version', 'errors'},
     '__init__': CORE | {'models', 'version'},
 }
 PACKAGES = {  # beside the standard library, torch and timm

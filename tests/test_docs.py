@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreal_timm.readers import READERS
-from dreal_timm.train.keys import DREAL_KEYS
+from dreal_timm.train.table import DREAL_KEYS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

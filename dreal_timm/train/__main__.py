@@ -2,14 +2,22 @@
 import logging
 import sys
 
+from accelerate import PartialState
+
+from dreal_timm.errors import one_line
 from dreal_timm.train import load_config, run
 
 if __name__ == '__main__':
-    if len(sys.argv) < 2:
-        sys.exit('usage: python -m dreal_timm.train RECIPE [KEY=VALUE ...]')
+    debug = '--debug' in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != '--debug']
+    if not arguments:
+        sys.exit('usage: python -m dreal_timm.train [--debug] RECIPE [KEY=VALUE ...]')
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     try:
-        run(load_config(sys.argv[1], sys.argv[2:]))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f'{sys.argv[1]}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        run(load_config(arguments[0], arguments[1:]))
+    except Exception as error:  # one line for whatever goes wrong, as `dreal-timm train`
+        if debug:
+            raise
+        print(f'{arguments[0]}: error: {one_line(error)}', file=sys.stderr)
         sys.exit(2)
+    PartialState().destroy_process_group()

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 import dreal_timm
-from dreal_timm.train.keys import DREAL_KEYS, KEYS, Key, convert
+from dreal_timm.train.keys import Key, convert
+from dreal_timm.train.table import DREAL_KEYS, KEYS, NOT_SUPPORTED
 
 __all__ = ['find_recipe', 'list_recipes', 'load_config', 'to_dict']
 
@@ -86,9 +87,15 @@ def _asks_for_nothing(value: Any) -> bool:
 def _check_keys(values: Mapping[str, Any], keys: Sequence[Key], where: str = '', lenient: bool = False) -> None:
     known = [key.name for key in keys]
     for name, value in values.items():
-        # timm writes all of its keys into args.yaml: those without a value ask for nothing
-        if name not in known and not (lenient and _asks_for_nothing(value)):
-            raise ValueError(f"Unknown key '{where}{name}'{nearest(str(name), known)}.")
+        # timm writes all of its keys into args.yaml: those without a value, or with timm's own, ask for nothing
+        if name in known or (lenient and _asks_for_nothing(value)):
+            continue
+        if not where and name in NOT_SUPPORTED:
+            default, instead = NOT_SUPPORTED[name]
+            if value == default:
+                continue
+            raise ValueError(f"Key '{name}' of timm's train.py is not supported (got {value!r}): {instead}.")
+        raise ValueError(f"Unknown key '{where}{name}'{nearest(str(name), known)}.")
 
 
 def _resolve(values: Mapping[str, Any], keys: Sequence[Key], where: str) -> dict[str, Any]:

@@ -1,14 +1,9 @@
-"""The keys of a recipe: those of timm's args.yaml, with timm's meanings and defaults, and DREAL's own under `dreal:`
-
-A key is one row of a table. What a row's value is passed to stands in `build.py`.
-"""
+"""What a key of a recipe is: a name, a type, a default, and the values that are accepted"""
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dreal_timm.critic import CELLS
-
-__all__ = ['DREAL_KEYS', 'KEYS', 'Key', 'convert']
+__all__ = ['Key', 'convert']
 
 
 def _bool(value: Any) -> bool:
@@ -90,102 +85,6 @@ class Key:
     maximum: float | None = None
     length: int | None = None
     choices: tuple[str, ...] = ()
-
-
-_INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
-
-KEYS = [
-    # data
-    Key('data_dir', 'str', None, 'folder of the data set'),
-    Key('dataset', 'str', '', 'kind/name of the data set; empty is an image folder'),
-    Key('train_split', 'str', 'train', 'split to train on'),
-    Key('val_split', 'str', 'validation', 'split to validate on'),
-    Key('dataset_download', 'bool', False, 'let torchvision download the data set'),
-    Key('class_map', 'str', '', 'file that maps classes to indices'),
-    Key('input_img_mode', 'str', None, "mode of the images, 'RGB' or 'L'; by the number of channels"),
-    # model
-    Key('model', 'str', 'dreal_se_resnet50', 'name of the model'),
-    Key('pretrained', 'bool', False, 'start from pretrained weights'),
-    Key('initial_checkpoint', 'str', '', 'file with weights to start from'),
-    Key('num_classes', 'int', None, 'number of classes; None is the default of the model', minimum=1),
-    Key('in_chans', 'int', None, 'image channels; None is 3, or those of input_size', minimum=1),
-    Key('model_kwargs', 'dict', {}, 'further arguments of the model'),
-    Key('drop', 'float', 0.0, 'dropout rate before the classifier', minimum=0, maximum=1),
-    Key('drop_path', 'float', None, 'stochastic depth rate', minimum=0, maximum=0.999),
-    # input
-    Key('img_size', 'int', None, 'side of the images, pixels', minimum=1),
-    Key('input_size', 'ints', None, 'channels, height and width of the images', minimum=1, length=3),
-    Key('crop_pct', 'float', None, 'share of the image that the validation keeps', minimum=0.001, maximum=1),
-    Key('mean', 'floats', None, 'mean of each channel, pixels in [0, 1]'),
-    Key('std', 'floats', None, 'standard deviation of each channel', minimum=1e-12),
-    Key('interpolation', 'str', '', 'interpolation of the resize', choices=_INTERPOLATIONS),
-    Key('batch_size', 'int', 128, 'images a step and process', minimum=1),
-    Key('validation_batch_size', 'int', None, 'images a validation step; None is batch_size', minimum=1),
-    # optimizer
-    Key('opt', 'str', 'sgd', 'name of the optimizer'),
-    Key('opt_eps', 'float', None, 'epsilon of the optimizer'),
-    Key('opt_betas', 'floats', None, 'betas of the optimizer'),
-    Key('opt_kwargs', 'dict', {}, 'further arguments of the optimizer'),
-    Key('momentum', 'float', 0.9, 'momentum of the optimizer', minimum=0, maximum=1),
-    Key('weight_decay', 'float', 2e-5, 'weight decay', minimum=0),
-    # schedule
-    Key('sched', 'str', 'cosine', 'learning rate schedule', choices=_SCHEDULES),
-    Key('sched_on_updates', 'bool', False, 'step the schedule with each update, not each epoch'),
-    Key('lr', 'float', None, 'learning rate; None scales lr_base by the global batch size', minimum=0),
-    Key('lr_base', 'float', 0.1, 'learning rate for a batch of lr_base_size', minimum=0),
-    Key('lr_base_size', 'int', 256, 'batch size that lr_base is meant for', minimum=1),
-    Key('lr_base_scale', 'str', '', 'scaling of lr_base; by the optimizer if empty', choices=('', 'linear', 'sqrt')),
-    Key('min_lr', 'float', 0.0, 'lowest learning rate', minimum=0),
-    Key('epochs', 'int', 300, 'epochs to train', minimum=1),
-    Key('decay_milestones', 'ints', [90, 180, 270], 'epochs of decay (multistep)'),
-    Key('decay_epochs', 'float', 90, 'epochs between decays (step)', minimum=1e-3),
-    Key('decay_rate', 'float', 0.1, 'factor of a decay', minimum=0),
-    Key('warmup_lr', 'float', 1e-5, 'learning rate at the start of the warm-up', minimum=0),
-    Key('warmup_epochs', 'int', 5, 'epochs of warm-up', minimum=0),
-    Key('warmup_prefix', 'bool', False, 'add the warm-up to the epochs'),
-    Key('cooldown_epochs', 'int', 0, 'epochs at min_lr after the schedule', minimum=0),
-    # augmentation and regularisation
-    Key('no_aug', 'bool', False, 'no augmentation at all'),
-    Key('train_crop_mode', 'str', None, 'crop mode of training', choices=('rrc', 'rkrc', 'rkrr')),
-    Key('scale', 'floats', [0.08, 1.0], 'range of the random crop, share of the area', length=2, minimum=1e-6),
-    Key('ratio', 'floats', [3. / 4., 4. / 3.], 'range of aspect ratios', length=2, minimum=1e-6),
-    Key('hflip', 'float', 0.5, 'probability of a horizontal flip', minimum=0, maximum=1),
-    Key('vflip', 'float', 0.0, 'probability of a vertical flip', minimum=0, maximum=1),
-    Key('color_jitter', 'float', 0.4, 'strength of the colour jitter'),
-    Key('aa', 'str', None, 'AutoAugment policy'),
-    Key('reprob', 'float', 0.0, 'probability of random erasing', minimum=0, maximum=1),
-    Key('remode', 'str', 'pixel', 'mode of random erasing', choices=('const', 'rand', 'pixel')),
-    Key('recount', 'int', 1, 'number of erased areas', minimum=1),
-    Key('train_interpolation', 'str', 'random', 'interpolation of crops', choices=(*_INTERPOLATIONS, 'random')),
-    Key('smoothing', 'float', 0.1, 'label smoothing', minimum=0, maximum=1),
-    # run
-    Key('seed', 'int', 42, 'seed of everything that is random', minimum=0),
-    Key('workers', 'int', 4, 'loader processes', minimum=0),
-    Key('pin_mem', 'bool', False, 'pin the memory of batches'),
-    Key('no_prefetcher', 'bool', False, 'load without the prefetcher'),
-    Key('device', 'str', None, "device; None takes an accelerator where there is one, 'cpu' forbids it"),
-    Key('device_modules', 'strs', None, 'modules to import first'),
-    Key('log_interval', 'int', 50, 'steps between lines of the log', minimum=1),
-    Key('eval_metric', 'str', 'top1', 'metric of the best checkpoint', choices=('top1', 'top5', 'loss')),
-    Key('output', 'str', '', "folder of the runs; empty is 'output/train'"),
-    Key('experiment', 'str', '', "name of the run's folder; empty is date, model and image size"),
-]
-
-DREAL_KEYS = [
-    Key('enabled', 'bool', True, 'false trains the plain network, with everything else equal'),
-    Key('gamma', 'float', 1.0, 'penalty of a wrongly classified sample', minimum=0),
-    Key('actor_weight', 'float', 1.0, 'weight of L_q', minimum=0),
-    Key('probe', 'str', 'exact', 'how rewards are measured'),
-    Key('rotate', 'rotate', 'epoch', "when another site is probed: 'epoch', 'step' or a number of steps"),
-    Key('reward_clip', 'float', 1.0, 'bound of the reward; null is the literal equation', nullable=True),
-    Key('probe_dtype', 'str', None, "'float32' measures rewards in float32 under autocast", choices=('float32',)),
-    Key('seed', 'int', None, "seed of critic and draw; None is the run's seed", minimum=0),
-    Key('critic_cell', 'str', 'lstm', "'lstm' or 'gru'", choices=tuple(CELLS)),
-    Key('critic_hidden_size', 'int', 1, 'hidden units of a critic', minimum=1),
-    Key('critic_depth', 'int', 1, 'cells of a critic', minimum=1),
-]
-
 
 
 def convert(key: Key, value: Any, where: str = '') -> Any:

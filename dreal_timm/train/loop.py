@@ -1,92 +1,32 @@
 """The train loop: Accelerate launches and places, timm builds, the task learns"""
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from timm.models import safe_model_name
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
-from timm.utils import distribute_bn, random_seed, update_summary
+from timm.utils import dispatch_clip_grad, distribute_bn, random_seed
+from torch import nn
 
-from dreal_timm.hub import export
 from dreal_timm.task import DrealTask
-from dreal_timm.train import build
-from dreal_timm.train.checkpoint import BEST, save_checkpoint
-from dreal_timm.train.config import load_config, to_dict
+from dreal_timm.train.checkpoint import Checkpoints, write_summary
+from dreal_timm.train.config import to_dict
 from dreal_timm.train.evaluate import evaluate
+from dreal_timm.train.finite import FiniteWatch
+from dreal_timm.train.loaders import set_epoch
 from dreal_timm.train.progress import Meter, Progress
+from dreal_timm.train.resume import scheduler_state
+from dreal_timm.train.trackers import track
 
-__all__ = ['run']
+__all__ = ['Run', 'fit', 'train_one_epoch']
 
 _logger = logging.getLogger(__name__)
-
-
-def _run_directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main: bool) -> Path:
-    """Return the folder of a run, as the first process names it; only that one looks whether it is free."""
-    name = config.experiment or '-'.join([
-        datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(config.model), str(input_size[-1]),
-    ])
-    directory = Path(broadcast_object_list([str(Path(config.output or 'output/train') / name)])[0])
-    if is_main and directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} exists and is not empty: choose another experiment=NAME, or remove it.")
-    return directory
-
-
-def train_one_epoch(
-        epoch: int,
-        epochs: int,
-        task: TrainingTask,
-        loader: Any,
-        optimizer: Any,
-        accelerator: Accelerator,
-        scheduler: Any = None,
-        log_interval: int = 50,
-) -> dict[str, float]:
-    """Train for one epoch and return the means over it.
-
-    Args:
-        epoch: Number of the epoch, from 0.
-        epochs: Number of epochs, for display.
-        task: The task.
-        loader: Loader of (images, targets).
-        optimizer: The prepared optimizer.
-        accelerator: Accelerate's accelerator.
-        scheduler: timm's scheduler, told of every update.
-        log_interval: Steps between lines of the log.
-    """
-    module = task.get_trainable_module()
-    module.train()
-    if isinstance(task, DrealTask):
-        task.set_epoch(epoch)
-    meter = Meter()
-    progress = Progress(epoch, epochs, len(loader), log_interval, enabled=accelerator.is_main_process)
-    try:
-        for index, (input, target) in enumerate(loader):
-            input, target = input.to(accelerator.device), target.to(accelerator.device)
-            with accelerator.accumulate(module):
-                with accelerator.autocast():
-                    result = task(input, target)
-                accelerator.backward(result['loss'])
-                optimizer.step()
-                optimizer.zero_grad()
-            meter.update(result, target)
-            if scheduler is not None:
-                scheduler.step_update(num_updates=epoch * len(loader) + index + 1)
-            progress.step(index, meter)
-    finally:
-        progress.close()
-    if accelerator.num_processes > 1:
-        meter.reduce(accelerator)
-    return meter.means()
 
 
 @dataclass
@@ -96,155 +36,209 @@ class Run:
     Attributes:
         config: The configuration, with the learning rate that is used.
         accelerator: Accelerate's accelerator.
-        model: The network.
+        model: The plain network.
         data: Preprocessing of the images.
         task: The task that trains the network.
-        optimizer: timm's optimizer.
+        optimizer: timm's optimizer, prepared by Accelerate.
         scheduler: timm's scheduler, or None.
         epochs: Number of epochs, warm-up and cool-down included.
         train_loader: Loader of the training split.
-        val_loader: Loader of the validation split.
+        val_loader: Loader of the validation split, or None.
         class_names: Names of the classes, where the data set knows them.
         directory: Folder of the run.
+        checkpoints: Its checkpoints.
+        mixup: timm's mixup, or None.
+        frozen_norms: Batch norms that stay in evaluation mode.
+        start_epoch: Number of the first epoch, from 0.
+        history: For each epoch so far 'epoch', 'lr', 'train', 'validation' and 'validation_ema'.
     """
     config: SimpleNamespace
     accelerator: Accelerator
     model: Any
     data: dict[str, Any]
     task: TrainingTask
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     scheduler: Any
     epochs: int
     train_loader: Any
     val_loader: Any
     class_names: list[str] | None
     directory: Path
+    checkpoints: Checkpoints
+    mixup: Any = None
+    frozen_norms: Sequence[nn.Module] = ()
+    start_epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Number of updates in an epoch."""
+        return math.ceil(len(self.train_loader) / self.config.grad_accum_steps)
+
+    @property
+    def eval_metric(self) -> str:
+        """Name of the metric that epochs are ranked by."""
+        return self.config.eval_metric if self.val_loader is not None else 'loss'
+
+    @property
+    def lr(self) -> float:
+        """Learning rate, the mean over the parameter groups as timm reports it."""
+        rates = [group['lr'] for group in self.optimizer.param_groups]
+        return sum(rates) / len(rates)
 
 
-def _set_up(config: SimpleNamespace) -> Run:
-    """Check and build everything; nothing is written."""
-    build.import_device_modules(config)
-    accelerator = Accelerator(cpu=config.device == 'cpu')
-    if config.device not in (None, 'cpu', accelerator.device.type):
-        raise ValueError(f"device: '{config.device}' is not there; the launcher gives {accelerator.device}.")
-    device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
-    random_seed(config.seed, accelerator.process_index)
-
-    model: Any = build.build_model(config)
-    data = build.data_config(config, model)
-    channels = data['input_size'][0]
-    train_set = build.build_dataset(config, config.train_split, channels, is_training=True)
-    val_set = build.build_dataset(config, config.val_split, channels, is_training=False)
-    build.check_labels(train_set, val_set, model.num_classes)
-    task = build.build_task(config, model.to(device), device, data['input_size'], verbose=is_main)
-    optimizer = build.build_optimizer(config, task.get_trainable_module(), config.batch_size * processes)
-    train_loader = build.build_loader(config, train_set, data, device, True, distributed=processes > 1)
-    val_loader = build.build_loader(config, val_set, data, device, False, distributed=processes > 1)
-    if processes > 1:
-        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(config, decreasing_metric=config.eval_metric == 'loss'),
-        updates_per_epoch=len(train_loader),
-    )
-    directory = _run_directory(config, data['input_size'], is_main)
-    if is_main:
-        _logger.info(
-            f'{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set):,} images to '
-            f'train on, {len(val_set):,} to validate on, {processes} x {device.type}, {directory}'
-        )
-    return Run(
-        config, accelerator, model, data, task, optimizer, scheduler, epochs, train_loader, val_loader,
-        build.class_names(train_set), directory,
-    )
+def _step(run: Run, input: torch.Tensor, target: torch.Tensor, accum_steps: int, update: bool) -> dict[str, Any]:
+    """Forward and backward pass; with `update`, the optimizer's step."""
+    accelerator, task, config = run.accelerator, run.task, run.config
+    second_order = getattr(run.optimizer.optimizer, 'is_second_order', False)
+    with nullcontext() if update else accelerator.no_sync(task.get_trainable_module()):
+        with accelerator.autocast():
+            result = task(input, target)
+        loss = result['loss'] / accum_steps if accum_steps > 1 else result['loss']
+        accelerator.backward(loss, create_graph=second_order)
+    if update:
+        if config.clip_grad is not None:
+            accelerator.unscale_gradients(run.optimizer)
+            parameters = task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
+            dispatch_clip_grad(parameters, value=config.clip_grad, mode=config.clip_mode)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return result
 
 
-def _fit(run_state: Run) -> tuple[list[dict[str, Any]], int]:
-    """Train all epochs; return the metrics of each, and the number of the best."""
-    config, accelerator, directory = run_state.config, run_state.accelerator, run_state.directory
-    distributed = accelerator.num_processes > 1
-    sign = -1 if config.eval_metric == 'loss' else 1
-    optimizer = accelerator.prepare(run_state.optimizer)
-    history: list[dict[str, Any]] = []
-    best_epoch, best_metric = 0, math.nan
-    for epoch in range(run_state.epochs):
-        # data order and augmentation depend on seed and epoch alone, with or without a critic
-        random_seed((config.seed + 1_000_003 * (epoch + 1)) % 2**31, accelerator.process_index)
-        if hasattr(run_state.train_loader.sampler, 'set_epoch'):
-            run_state.train_loader.sampler.set_epoch(epoch)
-        lr = optimizer.param_groups[0]['lr']
-        train_metrics = train_one_epoch(
-            epoch, run_state.epochs, run_state.task, run_state.train_loader, optimizer, accelerator,
-            run_state.scheduler, config.log_interval,
-        )
-        if not math.isfinite(train_metrics['loss']):
-            raise RuntimeError(
-                f"epoch {epoch + 1}: the loss is {train_metrics['loss']}, training has diverged. Try a smaller lr; "
-                f'the checkpoints of the epochs before are in {directory}.'
-            )
-        if distributed:
-            distribute_bn(run_state.task.get_trainable_module(), accelerator.num_processes, reduce=True)
-        metrics = evaluate(run_state.task.get_eval_model(), run_state.val_loader, accelerator.device, distributed)
-        metric = metrics[config.eval_metric]
-        is_best = epoch == 0 or sign * metric > best_metric
-        if is_best:
-            best_epoch, best_metric = epoch, sign * metric
-        history.append({'epoch': epoch, 'train': train_metrics, 'validation': metrics})
-        if accelerator.is_main_process:
-            update_summary(epoch, train_metrics, metrics, str(directory / 'summary.csv'), lr=lr)
-            save_checkpoint(directory, run_state.task, run_state.optimizer, epoch, to_dict(config), metric, is_best)
-            _logger.info(
-                f'epoch {epoch + 1}/{run_state.epochs}  loss {train_metrics["loss"]:.3f}  top1 {metrics["top1"]:.2f}%  '
-                f'best {config.eval_metric} {sign * best_metric:.4g} (epoch {best_epoch + 1})'
-            )
-        if run_state.scheduler is not None:
-            run_state.scheduler.step(epoch + 1, metric)
-    return history, best_epoch
-
-
-def run(
-        config: SimpleNamespace | Mapping[str, Any] | str | Path,
-        overrides: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Train a network as a recipe says, and export the best epoch without its critic.
-
-    The run's folder holds `args.yaml`, `summary.csv`, `last.pth.tar`, `model_best.pth.tar` and `model/`, which
-    `timm.create_model('local-dir:.../model', pretrained=True)` loads.
+def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
+    """Train for one epoch and return the means over it, those of all processes.
 
     Args:
-        config: A configuration from `load_config`, or what it takes: a recipe's file, name, or keys and values.
-        overrides: Further 'key=value' settings.
-
-    Returns:
-        Dictionary containing:
-            - 'directory': Folder of the run
-            - 'model': Folder of the exported model
-            - 'best_epoch', 'metrics': Number of the best epoch, from 0, and its validation metrics
-            - 'epochs': For each epoch its 'train' and 'validation' metrics
+        run: The run.
+        epoch: Number of the epoch, from 0.
 
     Raises:
-        FileNotFoundError: The recipe or the data is missing.
-        FileExistsError: The run's folder exists and is not empty.
-        ValueError: A setting is wrong.
+        FloatingPointError: A loss was not finite.
     """
-    if isinstance(config, SimpleNamespace):
-        config = to_dict(config)
-    run_state = _set_up(load_config(config, overrides))
-    is_main, directory = run_state.accelerator.is_main_process, run_state.directory
-    if is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        args = yaml.safe_dump(to_dict(run_state.config), sort_keys=False)
-        (directory / 'args.yaml').write_text(args, encoding='utf-8')
-    history, best_epoch = _fit(run_state)
-    if is_main:
-        best = torch.load(directory / BEST, map_location='cpu', weights_only=True)
-        run_state.model.load_state_dict(best['state_dict'])
-        export(run_state.model, directory / 'model', data_config=run_state.data, label_names=run_state.class_names)
-    run_state.accelerator.wait_for_everyone()
-    return {
-        'directory': str(directory),
-        'model': str(directory / 'model'),
-        'best_epoch': best_epoch,
-        'metrics': history[best_epoch]['validation'],
-        'epochs': history,
+    accelerator, config, task, loader = run.accelerator, run.config, run.task, run.train_loader
+    task.get_trainable_module().train()
+    for norm in run.frozen_norms:
+        norm.eval()
+    groups = {}
+    if isinstance(task, DrealTask):
+        task.set_epoch(epoch)
+        groups = {site.name: group.name for group in task.groups for site in group.sites}
+    meter, watch, means = Meter(groups), FiniteWatch(), dict[str, float]()
+    steps, accum = len(loader), config.grad_accum_steps
+    updates, last_group = epoch * run.updates_per_epoch, steps - steps % accum
+    progress = Progress(epoch, run.epochs, steps, config.log_interval, enabled=accelerator.is_main_process)
+    try:
+        for index, (input, target) in enumerate(loader):
+            input, target = input.to(accelerator.device), target.to(accelerator.device)
+            if run.mixup is not None and config.no_prefetcher:
+                input, target = run.mixup(input, target)
+            if config.channels_last:
+                input = input.contiguous(memory_format=torch.channels_last)
+            update = (index + 1) % accum == 0 or index + 1 == steps
+            # the last update of an epoch may join fewer steps
+            result = _step(run, input, target, accum if index < last_group else steps - last_group, update)
+            meter.update(result, target)
+            watch.update(index, result)
+            if update:
+                updates += 1
+                task.update_ema(step=updates)
+                if run.scheduler is not None:
+                    run.scheduler.step_update(num_updates=updates)
+            if not progress.due(index):
+                progress.step(index)
+                continue
+            watch.check(accelerator, epoch, steps)
+            joint = meter.reduced(accelerator)
+            means = joint.means()
+            progress.step(index, means, joint.samples, run.lr)
+            track(accelerator, 'train', {**means, 'lr': run.lr}, updates)
+    finally:
+        progress.close()
+    if hasattr(run.optimizer.optimizer, 'sync_lookahead'):
+        run.optimizer.optimizer.sync_lookahead()
+    return means
+
+
+def _evaluate(run: Run, epoch: int) -> dict[str, dict[str, float]]:
+    """Validate the network, and its moving average where there is one on the device."""
+    config, accelerator, task = run.config, run.accelerator, run.task
+    distributed = accelerator.num_processes > 1
+    averaged = task.has_ema() and not config.model_ema_force_cpu
+    if distributed and config.dist_bn and not config.sync_bn:
+        for module in [task.get_trainable_module(), *([task.get_trainable_module(ema=True)] if averaged else [])]:
+            distribute_bn(module, accelerator.num_processes, reduce=config.dist_bn == 'reduce')
+    if run.val_loader is None:
+        return {}
+    metrics = {}
+    for name, ema in [('validation', False)] + ([('validation_ema', True)] if averaged else []):
+        metrics[name] = evaluate(
+            task.get_eval_model(ema=ema), run.val_loader, accelerator.device, distributed, accelerator.autocast,
+            config.channels_last,
+        )
+        if not math.isfinite(metrics[name]['loss']):
+            raise FloatingPointError(
+                f"epoch {epoch + 1}: the loss of the {name} is {metrics[name]['loss']}. Training has diverged: try a "
+                'smaller lr, or clip_grad.'
+            )
+    return metrics
+
+
+def _save(run: Run, epoch: int, metric: float) -> None:
+    """Write the checkpoint, and with it the summary; the first process alone calls this."""
+    task, scaler = run.task, run.accelerator.scaler
+    state = {
+        'arch': run.config.model,
+        'args': to_dict(run.config),
+        'optimizer': run.optimizer.state_dict(),
+        **({} if scaler is None else {'amp_scaler': scaler.state_dict()}),
+        **task.get_checkpoint_state(),
+        **task.get_checkpoint_state(ema=True),
+        'scheduler': scheduler_state(run.scheduler),
+        'history': run.history,
     }
+    run.checkpoints.save(state, epoch, metric, milestone=epoch + 1 in (run.config.save_epochs or ()))
+    write_summary(run.directory / 'summary.csv', run.history)
+
+
+def _tell(run: Run, epoch: int, metrics: dict[str, dict[str, float]], train: dict[str, float]) -> None:
+    text = f'epoch {epoch + 1}/{run.epochs}  loss {train["loss"]:.3f}'
+    for name, suffix in (('validation', ''), ('validation_ema', ' of the average')):
+        if name in metrics:
+            text += f'  top1 {metrics[name]["top1"]:.2f}%{suffix}'
+    best = run.checkpoints
+    _logger.info(f'{text}  best {run.eval_metric} {best.best_metric:.4g} (epoch {(best.best_epoch or 0) + 1})')
+
+
+def fit(run: Run) -> None:
+    """Train from `start_epoch` to the end, or to `stop_epoch`; the history and the folder of the run grow with it.
+
+    Raises:
+        FloatingPointError: A loss was not finite.
+        OSError: A checkpoint cannot be written.
+    """
+    config, accelerator = run.config, run.accelerator
+    last = min(run.epochs, config.stop_epoch or run.epochs)
+    for epoch in range(run.start_epoch, last):
+        # data order, augmentation and dropout depend on seed and epoch alone: with or without a critic, resumed or not
+        random_seed((config.seed + 1_000_003 * (epoch + 1)) % 2**31, accelerator.process_index)
+        set_epoch(config, run.train_loader, run.mixup, epoch)
+        lr = run.lr
+        train = train_one_epoch(run, epoch)
+        entry: dict[str, Any] = {'epoch': epoch, 'lr': lr, 'train': train}
+        run.history.append(entry)
+        if (epoch + 1) % config.val_interval and epoch + 1 < last:
+            if run.scheduler is not None:
+                run.scheduler.step(epoch + 1, None)
+            continue
+        metrics = _evaluate(run, epoch)
+        entry.update(metrics)
+        ranked = metrics.get('validation_ema') or metrics.get('validation') or train
+        if run.scheduler is not None:  # before the checkpoint, which holds the learning rate of the next epoch
+            run.scheduler.step(epoch + 1, ranked[run.eval_metric])
+        updates = (epoch + 1) * run.updates_per_epoch
+        for name, values in metrics.items():
+            track(accelerator, name, values, updates)
+        if accelerator.is_main_process:
+            _save(run, epoch, ranked[run.eval_metric])
+            _tell(run, epoch, metrics, train)

@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from dreal_timm.train import build
+from dreal_timm.train import loaders
+from dreal_timm.train.build import check_model_name
 from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
 
@@ -50,7 +51,7 @@ def validate(
         name = f'local-dir:{model}'
     elif '/' in model and ':' not in model:
         raise FileNotFoundError(f"No folder '{model}' (models of the Hub are written hf-hub:USER/NAME).")
-    build.check_model_name(name)
+    check_model_name(name)
     if checkpoint and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"No checkpoint '{checkpoint}'.")
     source, _ = timm.models.parse_model_name(name)
@@ -67,8 +68,8 @@ def validate(
         data_dir=str(data_dir), dataset=dataset, val_split=split, batch_size=batch_size, workers=workers)
     config = load_config(settings)
     target = Accelerator(cpu=device == 'cpu').device if device in (None, 'cpu') else torch.device(device)
-    data = build.data_config(config, network)
-    val_set = build.build_dataset(config, split, data['input_size'][0], is_training=False)
-    loader = build.build_loader(config, val_set, data, target, is_training=False)
+    data = loaders.data_config(config, network)
+    val_set = loaders.build_dataset(config, split, data['input_size'][0], False, network.num_classes)
+    loader = loaders.build_loader(config, val_set, data, target, is_training=False)
     metrics = evaluate(network.to(target), loader, target)
     return {'model': model, 'data': str(data_dir), 'split': split, 'samples': len(val_set), **metrics}

@@ -1,29 +1,78 @@
+import json
+
 import pytest
 import yaml
 
 from dreal_timm.train import find_recipe, list_recipes, load_config
 from dreal_timm.train.config import to_dict
-from dreal_timm.train.keys import DREAL_KEYS, KEYS
+from dreal_timm.train.table import DREAL_KEYS, KEYS, NOT_SUPPORTED
 
-TIMM_DEFAULTS = {  # of timm 1.0.31's train.py
-    'train_split': 'train', 'val_split': 'validation', 'batch_size': 128, 'opt': 'sgd', 'momentum': 0.9,
-    'weight_decay': 2e-5, 'sched': 'cosine', 'lr': None, 'lr_base': 0.1, 'lr_base_size': 256, 'epochs': 300,
-    'warmup_epochs': 5, 'warmup_lr': 1e-5, 'min_lr': 0.0, 'decay_epochs': 90, 'decay_rate': 0.1,
-    'decay_milestones': [90, 180, 270], 'scale': [0.08, 1.0], 'ratio': [0.75, 4 / 3], 'hflip': 0.5, 'vflip': 0.0,
-    'color_jitter': 0.4, 'reprob': 0.0, 'remode': 'pixel', 'smoothing': 0.1, 'train_interpolation': 'random',
-    'seed': 42, 'workers': 4, 'log_interval': 50, 'eval_metric': 'top1',
+TIMM_DEFAULTS = {  # of timm's train.py, as its parser gives them
+    'data_dir': None, 'dataset': '', 'train_split': 'train', 'val_split': 'validation', 'train_num_samples': None,
+    'val_num_samples': None, 'dataset_download': False, 'class_map': '', 'input_img_mode': None, 'input_key': None,
+    'target_key': None, 'dataset_trust_remote_code': False, 'pretrained': False, 'pretrained_path': None,
+    'initial_checkpoint': '', 'resume': '', 'no_resume_opt': False, 'num_classes': None, 'gp': None, 'img_size':
+    None, 'in_chans': None, 'input_size': None, 'crop_pct': None, 'mean': None, 'std': None, 'interpolation': '',
+    'batch_size': 128, 'validation_batch_size': None, 'channels_last': False, 'grad_accum_steps': 1,
+    'grad_checkpointing': False, 'fast_norm': False, 'model_kwargs': {}, 'head_init_scale': None, 'head_init_bias':
+    None, 'torchcompile_mode': None, 'torchcompile': None, 'amp': False, 'amp_dtype': 'float16', 'no_ddp_bb': False,
+    'device_modules': None, 'opt': 'sgd', 'opt_eps': None, 'opt_betas': None, 'momentum': 0.9, 'weight_decay':
+    2e-05, 'clip_grad': None, 'clip_mode': 'norm', 'layer_decay': None, 'layer_decay_min_scale': 0,
+    'layer_decay_no_opt_scale': None, 'opt_kwargs': {}, 'sched': 'cosine', 'sched_on_updates': False, 'lr': None,
+    'lr_base': 0.1, 'lr_base_size': 256, 'lr_base_scale': '', 'lr_noise': None, 'lr_noise_pct': 0.67,
+    'lr_noise_std': 1.0, 'lr_cycle_mul': 1.0, 'lr_cycle_decay': 0.5, 'lr_cycle_limit': 1, 'lr_k_decay': 1.0,
+    'warmup_lr': 1e-05, 'min_lr': 0, 'epochs': 300, 'epoch_repeats': 0.0, 'start_epoch': None, 'decay_milestones':
+    [90, 180, 270], 'warmup_epochs': 5, 'warmup_prefix': False, 'cooldown_epochs': 0, 'patience_epochs': 10,
+    'decay_rate': 0.1, 'no_aug': False, 'train_crop_mode': None, 'scale': [0.08, 1.0], 'ratio': [0.75,
+    1.3333333333333333], 'hflip': 0.5, 'vflip': 0.0, 'color_jitter': 0.4, 'color_jitter_prob': None,
+    'grayscale_prob': None, 'gaussian_blur_prob': None, 'aa': None, 'aug_repeats': 0, 'bce_loss': False, 'bce_sum':
+    False, 'bce_target_thresh': None, 'bce_pos_weight': None, 'reprob': 0.0, 'remode': 'pixel', 'recount': 1,
+    'resplit': False, 'mixup': 0.0, 'cutmix': 0.0, 'cutmix_minmax': None, 'mixup_prob': 1.0, 'mixup_switch_prob':
+    0.5, 'mixup_mode': 'batch', 'mixup_off_epoch': 0, 'smoothing': 0.1, 'train_interpolation': 'random', 'drop':
+    0.0, 'drop_path': None, 'drop_block': None, 'bn_momentum': None, 'bn_eps': None, 'sync_bn': False, 'dist_bn':
+    'reduce', 'model_ema': False, 'model_ema_force_cpu': False, 'model_ema_decay': 0.9998, 'model_ema_warmup':
+    False, 'seed': 42, 'worker_seeding': 'all', 'log_interval': 50, 'val_interval': 1, 'checkpoint_hist': 10,
+    'workers': 4, 'pin_mem': False, 'no_prefetcher': False, 'output': '', 'experiment': '', 'eval_metric': 'top1',
 }
 DREAL_DEFAULTS = {
-    'enabled': True, 'gamma': 1.0, 'actor_weight': 1.0, 'probe': 'exact', 'rotate': 'epoch', 'reward_clip': 1.0,
-    'probe_dtype': None, 'seed': None, 'critic_cell': 'lstm', 'critic_hidden_size': 1, 'critic_depth': 1,
+    'enabled': True, 'freeze': '', 'gamma': 1.0, 'actor_weight': 1.0, 'probe': 'exact', 'rotate': 'epoch',
+    'reward_clip': 1.0, 'probe_dtype': None, 'seed': None, 'critic_cell': 'lstm', 'critic_hidden_size': 1,
+    'critic_depth': 1,
 }
 
 
 def test_defaults_are_timms():
     """Keys have timm's names and defaults, DREAL's own those of the design."""
-    config = load_config({})
-    assert {name: getattr(config, name) for name in TIMM_DEFAULTS} == TIMM_DEFAULTS
-    assert vars(config.dreal) == DREAL_DEFAULTS
+    config = to_dict(load_config({}))
+    assert config.pop('dreal') == DREAL_DEFAULTS
+    own = {  # no key of the script that was read, or with another default
+        'decay_epochs': None, 'device': None, 'log_kwargs': {}, 'log_with': None, 'lr_decay_fn': None,
+        'lr_stable_timescale': None, 'model': 'dreal_se_resnet50', 'save_epochs': None, 'stop_epoch': None,
+    }
+    assert config == TIMM_DEFAULTS | own
+
+
+def test_arguments_that_timm_wrote():
+    """An args.yaml of timm's train.py, with all of its keys at their defaults, is a recipe."""
+    written = TIMM_DEFAULTS | {name: default for name, (default, _) in NOT_SUPPORTED.items()} | {'model': 'seresnet50'}
+    assert load_config(written).model == 'seresnet50'
+
+
+@pytest.mark.parametrize('name', sorted(NOT_SUPPORTED))
+def test_keys_that_are_not_supported(name):
+    """A key of timm's without a meaning here is refused where it asks for something, with what to do instead."""
+    default, instead = NOT_SUPPORTED[name]
+    value = {bool: not default, str: 'x', int: 7, float: 0.123, list: [1], type(None): 'x'}[type(default)]
+    with pytest.raises(ValueError, match=f"'{name}' .*not supported") as caught:
+        load_config({name: value})
+    assert instead in str(caught.value)
+    assert load_config({name: default}, [f'{name}={json.dumps(default)}'])
+
+
+def test_multilabel_is_refused():
+    """A task without one true class a sample is refused in a line."""
+    with pytest.raises(ValueError, match=r"'task' .*multilabel.*one true class"):
+        load_config({'task': 'multilabel'})
 
 
 def test_a_default_is_its_own():
@@ -95,7 +144,7 @@ def test_wrong_values_and_keys(values, message):
 
 def test_keys_without_a_value_ask_for_nothing():
     """timm writes all of its keys into args.yaml: unknown ones that are null, false or empty are let through."""
-    load_config({'fuser': '', 'jsd_loss': False, 'kd_model_name': None, 'wandb_tags': [], 'resume': ''})
+    load_config({'fuser': '', 'jsd_loss': False, 'kd_model_name': None, 'wandb_tags': [], 'some_new_key': ''})
     with pytest.raises(ValueError, match='jsd_loss'):
         load_config({'jsd_loss': True})
 
@@ -111,7 +160,7 @@ def test_overrides():
     for wrong in ('epochs', '=3'):
         with pytest.raises(ValueError, match='key=value'):
             load_config({}, [wrong])
-    for wrong in ('dreal.enable=false', 'jsd_loss=false', 'worker=0'):
+    for wrong in ('dreal.enable=false', 'worker=0'):
         with pytest.raises(ValueError, match='Unknown key'):
             load_config({}, [wrong])
     for text in ('010', '2024_01', '1:30', 'on'):

@@ -1,0 +1,54 @@
+"""A watch over the loss: the first step at which it is not finite, and which term it was"""
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+
+__all__ = ['FiniteWatch']
+
+_TERMS = ('class_loss', 'actor_loss', 'critic_loss', 'loss')
+
+
+class FiniteWatch:
+    """Remembers, on the device and without waiting for it, the first step of an epoch whose loss is not finite."""
+
+    def __init__(self) -> None:
+        self._terms: list[str] = []
+        self._step = torch.tensor(-1)
+        self._values = torch.zeros(0)
+
+    def update(self, index: int, result: Mapping[str, torch.Tensor]) -> None:
+        """Look at what a task returned for the step `index`, from 0."""
+        if not self._terms:
+            self._terms = [term for term in _TERMS if term in result]
+            device = result['loss'].device
+            self._step = torch.full((), -1, dtype=torch.int64, device=device)
+            self._values = torch.zeros(len(self._terms), device=device)
+        values = torch.stack([result[term].detach().float() for term in self._terms])
+        first = (self._step < 0) & ~values.isfinite().all()
+        self._step = torch.where(first, index, self._step)
+        self._values = torch.where(first, values, self._values)
+
+    def check(self, accelerator: Accelerator, epoch: int, steps: int) -> None:
+        """Raise if a loss was not finite in any process; every process must call this, and every one raises.
+
+        Args:
+            accelerator: Accelerate's accelerator.
+            epoch: Number of the epoch, from 0.
+            steps: Number of steps in the epoch.
+
+        Raises:
+            FloatingPointError: With the step, the terms and the process.
+        """
+        seen = torch.cat([self._step[None].double(), self._values.double()])[None]
+        for rank, (step, *values) in enumerate(accelerator.gather(seen).tolist()):
+            if step < 0:
+                continue
+            terms = [f'{name} is {value}' for name, value in zip(self._terms, values, strict=True)]
+            bad = [text for text, value in zip(terms, values, strict=True) if not abs(value) < float('inf')]
+            where = f' of process {rank}' if accelerator.num_processes > 1 else ''
+            raise FloatingPointError(
+                f'epoch {epoch + 1}, step {int(step) + 1} of {steps}: the batch{where} has a loss that is not finite '
+                f'({"; ".join(bad)}). Training has diverged: try a smaller lr, a longer warm-up, clip_grad, or '
+                'amp_dtype=bfloat16 in place of float16.'
+            )

@@ -1,0 +1,122 @@
+"""Going on from a checkpoint: which one, whether it fits, and what is put back"""
+import argparse
+import pickle
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+
+from dreal_timm.task import DrealTask
+from dreal_timm.train.checkpoint import LAST
+
+__all__ = ['load_checkpoint', 'restore', 'restore_scheduler', 'resume_path', 'scheduler_state']
+
+
+def resume_path(config: SimpleNamespace, directory: Path) -> Path | None:
+    """Return the checkpoint that the recipe resumes from, or None to start anew.
+
+    Raises:
+        FileNotFoundError: No such file.
+    """
+    if config.resume == 'auto':
+        return directory / LAST if (directory / LAST).is_file() else None
+    if not config.resume:
+        return None
+    if not Path(config.resume).is_file():
+        raise FileNotFoundError(f"resume: no file '{config.resume}'.")
+    return Path(config.resume)
+
+
+def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
+    """Load a training checkpoint, of this package or of timm's train.py.
+
+    Raises:
+        ValueError: The file is broken, is no training checkpoint, or is of another model.
+    """
+    allow = getattr(torch.serialization, 'safe_globals', None)  # torch 2.5
+    try:
+        with nullcontext() if allow is None else allow([argparse.Namespace]):  # timm stores its arguments as one
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        reason = ' '.join(str(error).split())[:120]
+        raise ValueError(f"resume: '{path}' is broken or no checkpoint of PyTorch ({reason}).") from error
+    keys = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [key for key in ('state_dict', 'optimizer', 'epoch') if key not in keys]
+    if missing:
+        raise ValueError(
+            f"resume: '{path}' is no training checkpoint: it has no {', '.join(missing)}. To start from weights alone, "
+            'use initial_checkpoint.'
+        )
+    if checkpoint.get('arch', config.model) != config.model:
+        raise ValueError(f"resume: '{path}' is of {checkpoint['arch']}, the recipe trains {config.model}.")
+    return checkpoint
+
+
+def restore(
+        checkpoint: Mapping[str, Any],
+        path: Path,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer | None,
+        scaler: Any = None,
+) -> int:
+    """Put model, critic, moving average, optimizer and loss scaler back, and return the number of the next epoch.
+
+    Args:
+        checkpoint: What `load_checkpoint` returned.
+        path: Where it is from, for messages.
+        task: The task, before it is compiled or wrapped, with its moving average if it has one.
+        optimizer: Its optimizer, or None to leave it as it is.
+        scaler: The loss scaler of float16, where there is one.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    has_critic = 'task_state' in checkpoint
+    if has_critic != isinstance(task, DrealTask):
+        trained, asked = ('reinforced', 'false') if has_critic else ('plain', 'true')
+        raise ValueError(f"resume: '{path}' is of {trained} training, but dreal.enabled is {asked}.")
+    try:
+        task.load_checkpoint_state(checkpoint['state_dict'], checkpoint.get('task_state'))
+        if task.has_ema():
+            kind = '_ema' if 'state_dict_ema' in checkpoint else ''
+            task.load_checkpoint_state(checkpoint[f'state_dict{kind}'], checkpoint.get(f'task_state{kind}'), ema=True)
+        if optimizer is not None:
+            optimizer.load_state_dict(checkpoint['optimizer'])
+        if scaler is not None and optimizer is not None and 'amp_scaler' in checkpoint:
+            scaler.load_state_dict(checkpoint['amp_scaler'])
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise ValueError(f"resume: '{path}' does not fit the recipe: {reason}") from error
+    return int(checkpoint['epoch']) + (1 if checkpoint.get('version', 1) > 1 else 0)
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Any] | None:
+    """Return what a schedule remembers: nothing, but for the plateau (timm computes the others from the epoch)."""
+    plateau = getattr(scheduler, 'lr_scheduler', None)
+    if plateau is None:
+        return None
+    return {'plateau': dict(plateau.state_dict()), 'restore_lr': scheduler.restore_lr}
+
+
+def restore_scheduler(scheduler: Any, state: Mapping[str, Any] | None, epoch: int, updates: int) -> None:
+    """Take a schedule to the beginning of an epoch.
+
+    Args:
+        scheduler: timm's scheduler, or None.
+        state: What `scheduler_state` returned, where it is known.
+        epoch: Number of the epoch, from 0.
+        updates: Number of updates before it.
+    """
+    if scheduler is None:
+        return
+    if state is not None:
+        scheduler.lr_scheduler.load_state_dict(dict(state['plateau']))
+        scheduler.restore_lr = state['restore_lr']
+    elif scheduler.t_in_epochs:
+        scheduler.step(epoch)
+    else:
+        scheduler.step_update(updates)

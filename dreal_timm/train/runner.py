@@ -1,0 +1,285 @@
+"""A run from a recipe to an exported network: set-up, training, export"""
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
+from timm.layers import convert_sync_batchnorm
+from timm.models import safe_model_name
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import random_seed
+from torch import nn
+
+from dreal_timm.hub import export
+from dreal_timm.train import build, loaders
+from dreal_timm.train.checkpoint import BEST, Checkpoints, write_text
+from dreal_timm.train.config import load_config, to_dict
+from dreal_timm.train.loop import Run, fit
+from dreal_timm.train.resume import load_checkpoint, restore, restore_scheduler, resume_path
+from dreal_timm.train.trackers import check_trackers, start_trackers
+
+__all__ = ['run', 'set_up']
+
+_logger = logging.getLogger(__name__)
+
+
+def _launch(config: SimpleNamespace) -> Accelerator:
+    """Return Accelerate's accelerator: the launcher gives processes and devices, the recipe decides all else."""
+    precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[config.amp_dtype] if config.amp else 'no'
+    for name, key, same in (
+        ('ACCELERATE_MIXED_PRECISION', 'amp and amp_dtype', (precision, 'no')),
+        ('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', 'grad_accum_steps', (str(config.grad_accum_steps), '1')),
+    ):
+        if os.environ.get(name, same[0]) not in same:
+            _logger.warning(f'{name}={os.environ[name]} of the launcher is not used: a recipe has {key}.')
+    if is_initialized() and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # a second run in one process; Accelerate offers no public way
+    accelerator = Accelerator(
+        cpu=config.device == 'cpu',
+        mixed_precision=precision,
+        # steps are joined here, so that the last update of an epoch may join fewer, as in timm's train.py
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(logging_dir=config.output or 'output/train'),
+    )
+    device = accelerator.device
+    if config.device not in (None, 'cpu', device.type):
+        raise ValueError(f"device: '{config.device}' is not there; the launcher gives {device}.")
+    if precision == 'fp16' and device.type == 'cpu':
+        raise ValueError('amp_dtype: float16 needs a GPU; on a CPU use amp_dtype=bfloat16.')
+    if config.sync_bn and accelerator.num_processes > 1 and device.type == 'cpu':
+        raise ValueError('sync_bn: synchronised batch norm needs GPUs.')
+    if device.type == 'cuda':  # as timm's train.py
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
+def _directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main: bool) -> Path:
+    """Return the folder of the run, as the first process names it; only that one looks whether it is free."""
+    if config.resume == 'auto' and not config.experiment:
+        raise ValueError("resume: 'auto' looks into the run's folder, so that it needs a name: add experiment=NAME.")
+    if config.resume not in ('', 'auto') and not config.experiment:
+        directory = Path(config.resume).parent
+    else:
+        name = config.experiment or '-'.join([
+            datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(config.model), str(input_size[-1]),
+        ])
+        directory = Path(config.output or 'output/train') / name
+    problem = ''
+    if is_main and directory.exists():
+        if not directory.is_dir():
+            problem = f'{directory} is not a folder'
+        elif any(directory.iterdir()) and not (config.resume and (directory / 'args.yaml').is_file()):
+            problem = f'{directory} exists and is not empty'
+    directory, problem = broadcast_object_list([directory, problem])
+    if problem:
+        raise FileExistsError(
+            f'{problem}: choose another experiment=NAME, or remove it; resume=auto goes on with a stopped run.')
+    return directory
+
+
+def _tell_changes(config: SimpleNamespace, trained: Any) -> None:
+    """Log the settings that a resumed run changes."""
+    if not isinstance(trained, Mapping):
+        return
+    own = ('resume', 'stop_epoch', 'output', 'experiment', 'start_epoch', 'log_with', 'log_kwargs', 'log_interval')
+    changed = [
+        f'{name} {trained[name]} -> {value}' for name, value in to_dict(config).items()
+        if name not in own and trained.get(name, value) != value
+    ]
+    if changed:
+        _logger.info(f'Settings that are not those of the checkpoint: {", ".join(changed)}')
+
+
+def _distribute(config: SimpleNamespace, task: Any, device: torch.device, processes: int) -> None:
+    """Compile and distribute, in timm's order: after the moving average, and DDP last."""
+    if config.torchcompile:
+        task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
+        if task.has_ema():
+            task.compile_ema(backend=config.torchcompile, mode=config.torchcompile_mode)
+    if processes > 1:
+        task.prepare_distributed(
+            device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=not config.no_ddp_bb)
+
+
+def _build_data(config: SimpleNamespace, model: Any, data: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Open both splits, the second of them None where nothing is validated, and compare their classes."""
+    channels = data['input_size'][0]
+    train_set = loaders.build_dataset(config, config.train_split, channels, True, model.num_classes)
+    val_set = None
+    if config.val_split:
+        val_set = loaders.build_dataset(config, config.val_split, channels, False, model.num_classes)
+    loaders.check_labels(train_set, val_set, model.num_classes)
+    return train_set, val_set
+
+
+def _build_learner(config: SimpleNamespace, model: Any, data: Mapping[str, Any], accelerator: Accelerator) -> Any:
+    """Freeze what is to be frozen, and make the task, its moving average and the optimizer."""
+    frozen: list[nn.Module] = []
+    if config.dreal.freeze:
+        frozen = build.freeze_backbone(model, data['input_size'])
+    task = build.build_task(
+        config, model, accelerator.device, data['input_size'], verbose=accelerator.is_main_process)
+    optimizer = build.build_optimizer(
+        config, task.get_trainable_module(), config.batch_size * accelerator.num_processes * config.grad_accum_steps)
+    if config.model_ema:
+        task.setup_ema(
+            decay=config.model_ema_decay,
+            use_warmup=config.model_ema_warmup,
+            device=torch.device('cpu') if config.model_ema_force_cpu else None,
+        )
+    return task, optimizer, frozen
+
+
+def _resume(run: Run, optimizer: torch.optim.Optimizer, path: Path | None, checkpoint: dict[str, Any] | None) -> None:
+    """Take the run to where the checkpoint left it."""
+    config, is_main = run.config, run.accelerator.is_main_process
+    if checkpoint is not None and path is not None:
+        run.start_epoch = restore(
+            checkpoint, path, run.task, None if config.no_resume_opt else optimizer, run.accelerator.scaler)
+        run.history = list(checkpoint.get('history', []))
+        if is_main and path.resolve().parent == run.directory.resolve() and 'saver' in checkpoint:
+            run.checkpoints.load_state_dict(checkpoint['saver'])
+    if config.start_epoch is not None:
+        run.start_epoch = config.start_epoch
+        run.history = [entry for entry in run.history if entry['epoch'] < run.start_epoch]
+    if run.start_epoch:
+        state = (checkpoint or {}).get('scheduler')
+        restore_scheduler(run.scheduler, state, run.start_epoch, run.start_epoch * run.updates_per_epoch)
+    if is_main and checkpoint is not None:
+        _logger.info(f'resumed from {path}: {run.start_epoch} of {run.epochs} epochs are done')
+        _tell_changes(config, checkpoint.get('args'))
+
+
+def set_up(config: SimpleNamespace) -> Run:
+    """Check and build everything of a run; nothing is written.
+
+    Raises:
+        FileNotFoundError: The data or a checkpoint is missing.
+        FileExistsError: The run's folder exists and is not empty.
+        ValueError: A setting is wrong.
+    """
+    build.import_device_modules(config)
+    check_trackers(config.log_with or (), config.log_kwargs)
+    accelerator = _launch(config)
+    device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
+    random_seed(config.seed, accelerator.process_index)
+
+    model: Any = build.build_model(config)
+    data = loaders.data_config(config, model)
+    train_set, val_set = _build_data(config, model, data)
+    directory = _directory(config, data['input_size'], is_main)
+    path = resume_path(config, directory)
+    checkpoint = None if path is None else load_checkpoint(path, config)
+
+    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    if config.sync_bn and processes > 1:
+        model = convert_sync_batchnorm(model)
+    task, optimizer, frozen = _build_learner(config, model, data, accelerator)
+    mixup = loaders.build_mixup(config, model.num_classes)
+    train_loader = loaders.build_loader(config, train_set, data, device, True, processes > 1, mixup)
+    val_loader = None
+    if val_set is not None:
+        val_loader = loaders.build_loader(config, val_set, data, device, False, processes > 1)
+
+    decreasing = val_loader is None or config.eval_metric == 'loss'
+    run = Run(
+        config=config, accelerator=accelerator, model=model, data=data, task=task, optimizer=optimizer,
+        scheduler=None, epochs=config.epochs, train_loader=train_loader, val_loader=val_loader,
+        class_names=loaders.class_names(train_set), directory=directory,
+        checkpoints=Checkpoints(directory, config.checkpoint_hist, decreasing), mixup=mixup, frozen_norms=frozen,
+    )
+    run.scheduler, run.epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(config, decreasing_metric=decreasing), updates_per_epoch=run.updates_per_epoch)
+    if is_main:
+        _logger.info(
+            f'{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set):,} images to '
+            f'train on, {0 if val_set is None else len(val_set):,} to validate on, {processes} x {device.type}, '
+            f'{directory}'
+        )
+    _resume(run, optimizer, path, checkpoint)
+    _distribute(config, task, device, processes)
+    run.optimizer = accelerator.prepare(optimizer)
+    return run
+
+
+def _export(run: Run) -> None:
+    """Export the weights that the best epoch was ranked by."""
+    best = torch.load(run.directory / BEST, map_location='cpu', weights_only=True)
+    averaged = run.config.model_ema and not run.config.model_ema_force_cpu
+    run.model.load_state_dict(best['state_dict_ema' if averaged else 'state_dict'])
+    target = run.directory / 'model'
+    if target.exists():  # a resumed run exports its own folder anew
+        shutil.rmtree(target)
+    export(run.model, target, data_config=run.data, label_names=run.class_names)
+
+
+def run(
+        config: SimpleNamespace | Mapping[str, Any] | str | Path,
+        overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train a network as a recipe says, and export the best epoch without its critic.
+
+    The run's folder holds `args.yaml`, `summary.csv`, checkpoints (`last.pth.tar`, `model_best.pth.tar`, the best
+    `checkpoint-EPOCH.pth.tar`, and `milestone-N.pth.tar` where `save_epochs` asks for them) and `model/`, which
+    `timm.create_model('local-dir:.../model', pretrained=True)` loads.
+
+    Args:
+        config: A configuration from `load_config`, or what it takes: a recipe's file, name, or keys and values.
+        overrides: Further 'key=value' settings.
+
+    Returns:
+        Dictionary containing:
+            - 'directory': Folder of the run
+            - 'model': Folder of the exported model
+            - 'best_epoch', 'metrics': Number of the best epoch, from 0, and its validation metrics: those of the
+                moving average where there is one, those of the training where nothing is validated
+            - 'epochs': For each epoch 'epoch', 'lr', 'train', 'validation' and 'validation_ema' metrics
+
+    Raises:
+        FileNotFoundError: The recipe, the data or a checkpoint is missing.
+        FileExistsError: The run's folder exists and is not empty.
+        FloatingPointError: A loss was not finite.
+        OSError: A checkpoint cannot be written.
+        ValueError: A setting is wrong.
+    """
+    if isinstance(config, SimpleNamespace):
+        config = to_dict(config)
+    state = set_up(load_config(config, overrides))
+    accelerator, is_main, directory = state.accelerator, state.accelerator.is_main_process, state.directory
+    if is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / 'args.yaml', yaml.safe_dump(to_dict(state.config), sort_keys=False))
+    start_trackers(
+        accelerator, directory, to_dict(state.config), state.config.log_kwargs,
+        state.start_epoch * state.updates_per_epoch,
+    )
+    try:
+        fit(state)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    best_epoch = broadcast_object_list([state.checkpoints.best_epoch])[0]
+    if best_epoch is None:
+        raise ValueError(f'Nothing to train: {state.start_epoch} of {state.epochs} epochs are done already.')
+    if is_main:
+        _export(state)
+    accelerator.wait_for_everyone()
+    best: dict[str, Any] = next((entry for entry in state.history if entry['epoch'] == best_epoch), {})
+    return {
+        'directory': str(directory),
+        'model': str(directory / 'model'),
+        'best_epoch': best_epoch,
+        'metrics': best.get('validation_ema') or best.get('validation') or best.get('train', {}),
+        'epochs': state.history,
+    }
