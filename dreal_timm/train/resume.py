@@ -41,7 +41,7 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
     try:
         with nullcontext() if allow is None else allow([argparse.Namespace]):  # timm stores its arguments as one
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
         reason = ' '.join(str(error).split())[:120]
         raise ValueError(f"resume: '{path}' is broken or no checkpoint of PyTorch ({reason}).") from error
     keys = checkpoint if isinstance(checkpoint, dict) else {}
@@ -53,6 +53,10 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
         )
     if checkpoint.get('arch', config.model) != config.model:
         raise ValueError(f"resume: '{path}' is of {checkpoint['arch']}, the recipe trains {config.model}.")
+    args = checkpoint.get('args')
+    opt = args.get('opt') if isinstance(args, dict) else getattr(args, 'opt', None)
+    if opt not in (None, config.opt) and not config.no_resume_opt:  # PyTorch lets the state of another one pass
+        raise ValueError(f"resume: '{path}' has the state of {opt}, but opt is {config.opt}; add no_resume_opt=true.")
     return checkpoint
 
 
