@@ -152,8 +152,15 @@ def class_names(dataset: Any) -> list[str] | None:
     return [str(name) for name in sorted(known, key=lambda name: known[name])]
 
 
-def check_labels(train_set: Any, val_set: Any | None, num_classes: int) -> None:
-    """Raise a ValueError if the splits have other classes than each other, or more than the network."""
+def check_labels(train_set: Any, val_set: Any | None, num_classes: int, given: bool = True) -> None:
+    """Raise a ValueError if the splits have other classes than each other, or the network has not as many.
+
+    Args:
+        train_set: The training split.
+        val_set: The validation split, or None.
+        num_classes: Classes of the network.
+        given: Whether the recipe asks for that number, so that it may be more than the data has.
+    """
     names, val_names = class_names(train_set), class_names(val_set)
     if names is not None and val_names is not None and names != val_names:
         differing = sorted(set(names) ^ set(val_names))
@@ -163,6 +170,11 @@ def check_labels(train_set: Any, val_set: Any | None, num_classes: int) -> None:
         )
     if names is not None and len(names) > num_classes:
         raise ValueError(f'num_classes: {num_classes}, but the data set has {len(names)} classes.')
+    if names is not None and len(names) < num_classes and not given:
+        raise ValueError(
+            f'num_classes: the data set has {len(names)} classes, the model as it comes {num_classes}: '
+            f'add num_classes={len(names)}, or num_classes={num_classes} to keep its classifier.'
+        )
 
 
 def mixes(config: SimpleNamespace) -> bool:

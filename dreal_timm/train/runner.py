@@ -119,7 +119,7 @@ def _build_data(config: SimpleNamespace, model: Any, data: Mapping[str, Any]) ->
     val_set = None
     if config.val_split:
         val_set = loaders.build_dataset(config, config.val_split, channels, False, model.num_classes)
-    loaders.check_labels(train_set, val_set, model.num_classes)
+    loaders.check_labels(train_set, val_set, model.num_classes, given=config.num_classes is not None)
     return train_set, val_set
 
 

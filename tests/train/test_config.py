@@ -193,36 +193,6 @@ def test_configuration_round_trip(tmp_path):
     assert to_dict(load_config(path)) == to_dict(config)
 
 
-@pytest.mark.parametrize('name', sorted(list_recipes()))
-def test_recipes_load(name):
-    """Every recipe of the package loads, begins with its title and names the module that registers the models."""
-    text = find_recipe(name).read_text()
-    assert text.startswith('# ')
-    assert load_config(name).device_modules == ['dreal_timm']
-
-
-def test_effective_values_of_the_recipes():
-    """What the first two recipes train with, where it is not timm's default."""
-    defaults = to_dict(load_config({}))
-    differing = {
-        name: {k: v for k, v in to_dict(load_config(name)).items() if v != defaults[k]}
-        for name in ('quickstart', 'fashion_mnist')
-    }
-    common = {
-        'device_modules': ['dreal_timm'], 'num_classes': 10, 'input_size': [1, 32, 32], 'crop_pct': 1.0,
-        'interpolation': 'bilinear', 'model': 'dreal_se_resnet18', 'model_kwargs': {'zero_init_last': False},
-        'weight_decay': 5e-4, 'scale': [0.7, 1.0], 'color_jitter': 0.0, 'train_interpolation': 'bilinear',
-    }
-    assert differing['quickstart'] == common | {
-        'data_dir': 'data/digits', 'mean': [0.3], 'std': [0.38], 'batch_size': 64, 'workers': 0, 'lr': 0.05,
-        'epochs': 6, 'warmup_epochs': 0, 'hflip': 0.0, 'log_interval': 11,
-    }
-    assert differing['fashion_mnist'] == common | {
-        'data_dir': 'data/fashion-mnist', 'dataset': 'torch/fashion_mnist', 'mean': [0.286], 'std': [0.353],
-        'workers': 2, 'lr': 0.1, 'epochs': 20, 'warmup_epochs': 1,
-    }
-
-
 def test_keys_are_documented_once():
     """Every key has a meaning, and no name stands twice."""
     for keys in (KEYS, DREAL_KEYS):
