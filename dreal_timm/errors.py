@@ -1,6 +1,13 @@
-"""An error in one line, for the command lines"""
+"""Errors as users see them"""
+import pickle
+import struct
 
-__all__ = ['one_line']
+from safetensors import SafetensorError
+
+__all__ = ['UNREADABLE', 'one_line']
+
+# what the readers of weight files raise for one that is broken or foreign
+UNREADABLE = (RuntimeError, KeyError, EOFError, OSError, struct.error, pickle.UnpicklingError, SafetensorError)
 
 
 def one_line(error: BaseException) -> str:

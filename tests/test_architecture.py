@@ -31,10 +31,11 @@ ALLOWED = {
     '__init__': CORE | {'models', 'version'},
 }
 PACKAGES = {  # beside the standard library, torch and timm
-    'train': {'accelerate', 'safetensors', 'tqdm', 'yaml'},
+    'train': {'accelerate', 'tqdm', 'yaml'},
     'data': {'numpy', 'PIL', 'sklearn', 'torchvision'},
     'hub': {'safetensors'},
     'probe': {'torchvision'},
+    'errors': {'safetensors'},
 }
 
 

@@ -13,6 +13,8 @@ if __name__ == '__main__':
     if not arguments:
         sys.exit('usage: python -m dreal_timm.train [--debug] RECIPE [KEY=VALUE ...]')
     logging.basicConfig(level=logging.INFO, format='%(message)s')
+    for name in ('timm', 'accelerate'):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         run(load_config(arguments[0], arguments[1:]))
     except Exception as error:  # one line for whatever goes wrong, as `dreal-timm train`

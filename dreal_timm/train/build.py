@@ -1,14 +1,12 @@
 """What learns in a run, from its configuration: network, task and optimizer, made by timm's factories"""
 import importlib
 import math
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.layers import set_fast_norm
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
@@ -17,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dreal_timm.attention import attention_parameters, find_sites
+from dreal_timm.errors import UNREADABLE
 from dreal_timm.task import DrealTask
 from dreal_timm.train.config import nearest
 from dreal_timm.train.loaders import mixes
@@ -76,7 +75,7 @@ def build_model(config: SimpleNamespace) -> nn.Module:
         **config.model_kwargs,
     )
     if config.pretrained_path:
-        # as timm's train.py: the file comes before the Hub, and a classifier of another size is made anew
+        # as timm's train.py: the file comes before the Hub, and the classifier is made anew
         kwargs['pretrained_cfg_overlay'] = dict(file=config.pretrained_path, num_classes=-1)
     given = config.initial_checkpoint or config.pretrained_path
     try:
@@ -85,11 +84,12 @@ def build_model(config: SimpleNamespace) -> nn.Module:
             checkpoint_path=config.initial_checkpoint or None,
             **kwargs,
         )
-    except (RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         if not given:
             raise
-        hint = '' if config.pretrained_path else ' (pretrained_path makes a classifier of another size anew)'
-        raise ValueError(f"Cannot load '{given}' as weights of {config.model}{hint}: {str(error)[:200]}") from error
+        hint = '' if config.pretrained_path else ' (pretrained_path leaves its classifier out)'
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f"Cannot load '{given}' as weights of {config.model}{hint}: {reason}") from error
     if config.head_init_scale is not None or config.head_init_bias is not None:
         _init_head(model, config.head_init_scale, config.head_init_bias)
     if config.grad_checkpointing:

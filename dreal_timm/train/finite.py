@@ -41,14 +41,16 @@ class FiniteWatch:
             FloatingPointError: With the step, the terms and the process.
         """
         seen = torch.cat([self._step[None].double(), self._values.double()])[None]
-        for rank, (step, *values) in enumerate(accelerator.gather(seen).tolist()):
-            if step < 0:
-                continue
-            terms = [f'{name} is {value}' for name, value in zip(self._terms, values, strict=True)]
-            bad = [text for text, value in zip(terms, values, strict=True) if not abs(value) < float('inf')]
-            where = f' of process {rank}' if accelerator.num_processes > 1 else ''
-            raise FloatingPointError(
-                f'epoch {epoch + 1}, step {int(step) + 1} of {steps}: the batch{where} has a loss that is not finite '
-                f'({"; ".join(bad)}). Training has diverged: try a smaller lr, a longer warm-up, clip_grad, or '
-                'amp_dtype=bfloat16 in place of float16.'
-            )
+        everyone = enumerate(accelerator.gather(seen).tolist())
+        found = [(step, rank, values) for rank, (step, *values) in everyone if step >= 0]
+        if not found:
+            return
+        step, rank, values = min(found)  # the others only follow: their weights broke with the next update
+        terms = [f'{name} is {value}' for name, value in zip(self._terms, values, strict=True)]
+        bad = [text for text, value in zip(terms, values, strict=True) if not abs(value) < float('inf')]
+        where = f' of process {rank}' if accelerator.num_processes > 1 else ''
+        raise FloatingPointError(
+            f'epoch {epoch + 1}, step {int(step) + 1} of {steps}: the batch{where} has a loss that is not finite '
+            f'({"; ".join(bad)}). Training has diverged: try a smaller lr, a longer warm-up, clip_grad, or '
+            'amp_dtype=bfloat16 in place of float16.'
+        )

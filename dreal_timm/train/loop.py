@@ -102,7 +102,6 @@ def _step(run: Run, input: torch.Tensor, target: torch.Tensor, accum_steps: int,
             parameters = task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
             dispatch_clip_grad(parameters, value=config.clip_grad, mode=config.clip_mode)
         run.optimizer.step()
-        run.optimizer.zero_grad()
     return result
 
 
@@ -136,6 +135,8 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
             if config.channels_last:
                 input = input.contiguous(memory_format=torch.channels_last)
             update = (index + 1) % accum == 0 or index + 1 == steps
+            if index % accum == 0:  # not after the update: timm's Lookahead looks for gradients when the epoch ends
+                run.optimizer.zero_grad()
             # the last update of an epoch may join fewer steps
             result = _step(run, input, target, accum if index < last_group else steps - last_group, update)
             meter.update(result, target)
@@ -155,8 +156,14 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
             track(accelerator, 'train', {**means, 'lr': run.lr}, updates)
     finally:
         progress.close()
+    if not means:
+        raise ValueError(
+            f'epoch {epoch + 1}: the training data ended before its {steps} batches. A stream that yields less than it '
+            'tells: check train_num_samples, input_key and target_key, and the warnings of its reader.'
+        )
     if hasattr(run.optimizer.optimizer, 'sync_lookahead'):
         run.optimizer.optimizer.sync_lookahead()
+    run.optimizer.zero_grad()
     return means
 
 

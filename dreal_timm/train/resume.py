@@ -1,6 +1,5 @@
 """Going on from a checkpoint: which one, whether it fits, and what is put back"""
 import argparse
-import pickle
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from timm.task import TrainingTask
 
+from dreal_timm.errors import UNREADABLE
 from dreal_timm.task import DrealTask
 from dreal_timm.train.checkpoint import LAST
 
@@ -41,7 +41,7 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
     try:
         with nullcontext() if allow is None else allow([argparse.Namespace]):  # timm stores its arguments as one
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except (*UNREADABLE, ValueError) as error:
         reason = ' '.join(str(error).split())[:120]
         raise ValueError(f"resume: '{path}' is broken or no checkpoint of PyTorch ({reason}).") from error
     keys = checkpoint if isinstance(checkpoint, dict) else {}

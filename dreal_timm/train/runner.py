@@ -20,7 +20,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from dreal_timm.hub import export
-from dreal_timm.train import build, loaders
+from dreal_timm.train import build, datasets, loaders
 from dreal_timm.train.checkpoint import BEST, Checkpoints, write_text
 from dreal_timm.train.config import load_config, to_dict
 from dreal_timm.train.loop import Run, fit
@@ -108,18 +108,18 @@ def _distribute(config: SimpleNamespace, task: Any, device: torch.device, proces
         if task.has_ema():
             task.compile_ema(backend=config.torchcompile, mode=config.torchcompile_mode)
     if processes > 1:
-        task.prepare_distributed(
-            device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=not config.no_ddp_bb)
+        buffers = dict(broadcast_buffers=False) if config.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **buffers)
 
 
 def _build_data(config: SimpleNamespace, model: Any, data: Mapping[str, Any]) -> tuple[Any, Any]:
     """Open both splits, the second of them None where nothing is validated, and compare their classes."""
     channels = data['input_size'][0]
-    train_set = loaders.build_dataset(config, config.train_split, channels, True, model.num_classes)
+    train_set = datasets.build_dataset(config, config.train_split, channels, True, model.num_classes)
     val_set = None
     if config.val_split:
-        val_set = loaders.build_dataset(config, config.val_split, channels, False, model.num_classes)
-    loaders.check_labels(train_set, val_set, model.num_classes, given=config.num_classes is not None)
+        val_set = datasets.build_dataset(config, config.val_split, channels, False, model.num_classes)
+    datasets.check_labels(train_set, val_set, model.num_classes, given=config.num_classes is not None)
     return train_set, val_set
 
 
@@ -176,10 +176,11 @@ def set_up(config: SimpleNamespace) -> Run:
     random_seed(config.seed, accelerator.process_index)
 
     model: Any = build.build_model(config)
-    data = loaders.data_config(config, model)
+    data = datasets.data_config(config, model)
     train_set, val_set = _build_data(config, model, data)
     directory = _directory(config, data['input_size'], is_main)
-    path = resume_path(config, directory)
+    # one process decides: a machine that does not see the folder stops, in place of training from the start
+    path = broadcast_object_list([resume_path(config, directory)])[0]
     checkpoint = None if path is None else load_checkpoint(path, config)
 
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
@@ -196,7 +197,7 @@ def set_up(config: SimpleNamespace) -> Run:
     run = Run(
         config=config, accelerator=accelerator, model=model, data=data, task=task, optimizer=optimizer,
         scheduler=None, epochs=config.epochs, train_loader=train_loader, val_loader=val_loader,
-        class_names=loaders.class_names(train_set), directory=directory,
+        class_names=datasets.class_names(train_set), directory=directory,
         checkpoints=Checkpoints(directory, config.checkpoint_hist, decreasing), mixup=mixup, frozen_norms=frozen,
     )
     run.scheduler, run.epochs = create_scheduler_v2(

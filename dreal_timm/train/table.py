@@ -1,6 +1,6 @@
 """The keys of a recipe: those of timm's args.yaml, with timm's meanings and defaults, and DREAL's own under `dreal:`
 
-A key is one row. What a row's value is passed to stands in `build.py` and `loaders.py`.
+A key is one row. What a row's value is passed to stands in `build.py`, `datasets.py` and `loaders.py`.
 """
 from typing import Any
 
@@ -30,7 +30,7 @@ KEYS = [
     # model
     Key('model', 'str', 'dreal_se_resnet50', 'name of the model'),
     Key('pretrained', 'bool', False, 'start from pretrained weights'),
-    Key('pretrained_path', 'str', None, 'file in place of the pretrained weights; a classifier of another size is new'),
+    Key('pretrained_path', 'str', None, 'file in place of the pretrained weights; the classifier starts anew'),
     Key('initial_checkpoint', 'str', '', 'file with weights to start from'),
     Key('num_classes', 'int', None, 'number of classes; None is the default of the model', minimum=1),
     Key('gp', 'str', None, "global pooling: 'avg', 'max', 'avgmax', 'catavgmax', 'fast'; None is the model's"),

@@ -5,9 +5,9 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
-from dreal_timm.train import loaders
+from dreal_timm.errors import UNREADABLE
+from dreal_timm.train import datasets, loaders
 from dreal_timm.train.build import check_model_name
 from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
@@ -59,17 +59,17 @@ def validate(
         raise ValueError(f"'{model}' has no published weights: name a folder, or pass a checkpoint.")
     try:
         network = timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None)
-    except (RuntimeError, KeyError, SafetensorError) as error:
+    except UNREADABLE as error:
         what = f"'{checkpoint}' as weights of '{model}'" if checkpoint else f"'{model}'"
         hint = ' (a run exports its best epoch to the folder model/)' if checkpoint else ''
-        raise ValueError(f'Cannot load {what}{hint}: {str(error)[:200]}') from error
+        raise ValueError(f'Cannot load {what}{hint}: {" ".join(str(error).split())[:200]}') from error
 
     settings = dict(
         data_dir=str(data_dir), dataset=dataset, val_split=split, batch_size=batch_size, workers=workers)
     config = load_config(settings)
     target = Accelerator(cpu=device == 'cpu').device if device in (None, 'cpu') else torch.device(device)
-    data = loaders.data_config(config, network)
-    val_set = loaders.build_dataset(config, split, data['input_size'][0], False, network.num_classes)
+    data = datasets.data_config(config, network)
+    val_set = datasets.build_dataset(config, split, data['input_size'][0], False, network.num_classes)
     loader = loaders.build_loader(config, val_set, data, target, is_training=False)
     metrics = evaluate(network.to(target), loader, target)
     return {'model': model, 'data': str(data_dir), 'split': split, 'samples': len(val_set), **metrics}

@@ -68,7 +68,7 @@ def test_a_label_out_of_range(tmp_path, capsys, workers):
 
 def test_a_label_that_only_the_images_show(images, tmp_path, capsys, monkeypatch):
     """Where the data set tells no class names, the first wrong label stops the run in a line."""
-    monkeypatch.setattr('dreal_timm.train.loaders.class_names', lambda dataset: None)
+    monkeypatch.setattr('dreal_timm.train.datasets.class_names', lambda dataset: None)
     for workers in (0, 2):
         settings = recipe(images, tmp_path, num_classes=2, workers=workers, experiment=f'run{workers}')
         code, said = train(tmp_path, capsys, settings)

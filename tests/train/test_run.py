@@ -14,7 +14,7 @@ from PIL import Image
 from small_run import recipe
 
 import dreal_timm
-from dreal_timm.train import load_config, loaders, run
+from dreal_timm.train import datasets, load_config, loaders, run
 from dreal_timm.train.validate import validate
 
 
@@ -230,7 +230,7 @@ def test_crop_mode_of_the_model(images):
     image.paste(255, (0, 0, 8, 16))  # white at the left border
     seen = {}
     for mode in ('center', 'squash'):
-        dataset = loaders.build_dataset(config, 'validation', 1, is_training=False)
+        dataset = datasets.build_dataset(config, 'validation', 1, is_training=False)
         loaders.build_loader(config, dataset, data | {'crop_mode': mode}, torch.device('cpu'), is_training=False)
         seen[mode] = torch.as_tensor(dataset.transform(image)).max().item()
     assert seen['center'] == 0
