@@ -48,6 +48,8 @@ def _kind(config: SimpleNamespace) -> str:
     if package is not None and importlib.util.find_spec(package) is None:
         command = 'pip install tensorflow-datasets' if kind == 'tfds' else 'pip install "dreal_timm[streaming]"'
         raise ModuleNotFoundError(f"dataset '{config.dataset}' needs the package {package}: {command}.")
+    if kind == 'wds' and config.class_map:
+        raise ValueError('class_map: the labels of webdataset shards are numbers already, without names to map.')
     if not config.data_dir and kind in ('', 'torch', 'wds'):
         raise ValueError('data_dir: the recipe names no place of images; add data_dir=DIR.')
     local = kind in ('', 'torch') or (kind == 'wds' and ':' not in config.data_dir)

@@ -124,7 +124,7 @@ def build_loader(
 def set_epoch(config: SimpleNamespace, loader: Any, mixup: Any, epoch: int) -> None:
     """Tell the loader of the epoch: its order, and whether it still mixes images."""
     if config.workers == 0:
-        restart(loader.dataset)
+        restart(loader.dataset, epoch)
     if hasattr(loader.dataset, 'set_epoch'):
         loader.dataset.set_epoch(epoch)
     if hasattr(loader.sampler, 'set_epoch'):

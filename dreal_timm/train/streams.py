@@ -41,11 +41,13 @@ def count_once(dataset: Any) -> None:
     dataset.reader._lazy_init = _CountOnce(dataset.reader)
 
 
-def restart(dataset: Any) -> None:
-    """Forget the shuffle buffer that a stream read in the process itself carries from one epoch to the next.
+def restart(dataset: Any, epoch: int) -> None:
+    """Let the order of a stream that is read in the process itself depend on its seed and the epoch alone.
 
-    Loader processes are started with each epoch and carry nothing; without them a resumed run would see another order.
+    Its shuffle buffer would go on from epoch to epoch, and a resumed run see another order. Loader processes are
+    started and seeded with each epoch; they carry nothing.
     """
     reader: Any = getattr(dataset, 'reader', None)
     if hasattr(reader, '_lazy_init') and hasattr(reader, 'split_info'):
         reader.ds = None
+        reader.worker_seed = reader.common_seed + epoch

@@ -85,7 +85,7 @@ KEYS = [
     Key('epochs', 'int', 300, 'epochs to train', minimum=1),
     Key('stop_epoch', 'int', None, 'stop after so many epochs, on the schedule of all; resume goes on', minimum=1),
     Key('start_epoch', 'int', None, 'number of the first epoch, from 0, in place of the checkpoint\'s', minimum=0),
-    Key('epoch_repeats', 'float', 0.0, 'passes over a stream that make an epoch, where above 1', minimum=0),
+    Key('epoch_repeats', 'float', 0.0, 'passes over a stream that make an epoch (hfids, tfds)', minimum=0),
     Key('decay_milestones', 'ints', [90, 180, 270], 'epochs of decay (multistep)'),
     Key('decay_epochs', 'float', None, 'epochs between decays (step: 90); length of it (wsd: 0.2)', minimum=1e-3),
     Key('decay_rate', 'float', 0.1, 'factor of a decay; power (poly)', minimum=0),

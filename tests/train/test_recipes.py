@@ -36,7 +36,7 @@ EFFECTIVE = {
     },
     'imagenet_resnet50': PAPER,
     'imagenet_resnet101': PAPER | {'model': 'dreal_se_resnet101'},
-    'imagenet_streaming': PAPER | {'dataset': 'wds/imagenet', 'data_dir': 'data/imagenet-wds'},
+    'imagenet_streaming': PAPER | {'dataset': 'wds/', 'data_dir': 'data/imagenet-wds'},
     'imagenet_modern': COMMON | {
         'data_dir': 'data/imagenet', 'num_classes': 1000, 'input_size': [3, 224, 224], 'batch_size': 256, 'workers': 8,
         'pin_mem': True, 'drop_path': 0.05, 'amp': True, 'amp_dtype': 'bfloat16', 'channels_last': True, 'opt': 'lamb',

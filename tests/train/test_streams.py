@@ -24,8 +24,6 @@ from small_run import recipe
 
 from dreal_timm.train import build, load_config, loop, run
 
-pytestmark = pytest.mark.filterwarnings('ignore:This DataLoader will create:UserWarning')  # with a single core
-
 _ROOT = Path(__file__).parent.parent.parent
 _TRAIN, _VALIDATION = 36, 13
 _NAMES = ['dark', 'grey', 'light']
@@ -305,6 +303,12 @@ def test_class_map(stream, tmp_path, kind):
     assert {name: results['metrics'][name] for name in measured} == pytest.approx(measured, rel=1e-5)
     model = timm.create_model(f"local-dir:{results['model']}", pretrained=True)
     assert list(model.pretrained_cfg['label_names']) == ['light', 'dark', 'grey']
+
+
+def test_class_map_of_shards(stream, tmp_path):
+    """A class map is refused for shards, whose labels are numbers."""
+    with pytest.raises(ValueError, match=r'class_map.*numbers'):
+        run(settings(tmp_path, stream('wds'), class_map='classes.txt'))
 
 
 @pytest.mark.parametrize('key', ['input_key', 'target_key'])
