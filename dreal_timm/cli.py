@@ -15,18 +15,8 @@ __all__ = ['main']
 
 
 def _train(args: argparse.Namespace) -> None:
-    from dreal_timm.train import load_config, run
-    results = run(load_config(args.recipe, args.settings))
-    metrics = results['metrics']
-    print(f"top-1 accuracy {metrics['top1']:.2f} % (epoch {results['best_epoch'] + 1} of {len(results['epochs'])})")
-    print(f"exported model {results['model']}")
-    print('load it with   ' + _loading_line(results['model']))
-
-
-def _loading_line(directory: str) -> str:
-    architecture = json.loads((Path(directory) / 'config.json').read_text(encoding='utf-8'))['architecture']
-    imports = 'import timm, dreal_timm' if architecture.startswith('dreal_') else 'import timm'
-    return f"{imports}; model = timm.create_model('local-dir:{directory}', pretrained=True)"
+    from dreal_timm.train import describe, load_config, run
+    print(describe(run(load_config(args.recipe, args.settings))))
 
 
 def _validate(args: argparse.Namespace) -> None:

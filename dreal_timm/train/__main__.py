@@ -5,7 +5,7 @@ import sys
 from accelerate import PartialState
 
 from dreal_timm.errors import one_line
-from dreal_timm.train import load_config, run
+from dreal_timm.train import describe, load_config, run
 
 if __name__ == '__main__':
     debug = '--debug' in sys.argv
@@ -16,7 +16,11 @@ if __name__ == '__main__':
     for name in ('timm', 'accelerate'):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        run(load_config(arguments[0], arguments[1:]))
+        results = run(load_config(arguments[0], arguments[1:]))
+        if PartialState().is_main_process:
+            print(describe(results))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:  # one line for whatever goes wrong, as `dreal-timm train`
         if debug:
             raise

@@ -66,7 +66,7 @@ def build_model(config: SimpleNamespace) -> nn.Module:
         config.model,
         dict(in_chans=config.in_chans, input_size=config.input_size, img_size=config.img_size),
         num_classes=config.num_classes,
-        drop_rate=config.drop or None,
+        drop_rate=config.drop,
         drop_path_rate=config.drop_path,
         drop_block_rate=config.drop_block,
         global_pool=config.gp,

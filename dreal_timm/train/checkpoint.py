@@ -57,6 +57,10 @@ def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
+def _epoch(name: str) -> int:
+    return int(name.removeprefix('checkpoint-').removesuffix('.pth.tar'))
+
+
 class Checkpoints:
     """The checkpoints of a run: the last, the best, a number of good ones, and those that were asked for.
 
@@ -81,15 +85,26 @@ class Checkpoints:
             return True
         return metric < self.best_metric if self.decreasing else metric > self.best_metric
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint in the same folder knows, and remove what is left of an interrupted save."""
+    def load_state_dict(self, state: Mapping[str, Any], epochs: int) -> None:
+        """Go on from what the last checkpoint of the folder knows of the first `epochs` epochs; nothing is written."""
+        files = [(name, metric) for name, metric in state['checkpoint_files'] if (self.directory / name).exists()]
+        self.files = [(name, metric) for name, metric in files if _epoch(name) < epochs]
         self.best_epoch, self.best_metric = state['best_epoch'], state['best_metric']
-        self.files = [(name, metric) for name, metric in state['checkpoint_files'] if (self.directory / name).exists()]
+        if self.best_epoch is not None and self.best_epoch >= epochs:
+            self.best_epoch, self.best_metric = None, None
+            if self.files:
+                self.best_epoch, self.best_metric = _epoch(self.files[0][0]), self.files[0][1]
+
+    def clean(self) -> None:
+        """Remove what an interrupted save left behind, and let the best file be the best epoch's again."""
         known = {name for name, _ in self.files}
         for path in self.directory.iterdir():
             stale = re.fullmatch(r'checkpoint-\d+\.pth\.tar', path.name) and path.name not in known
             if stale or path.name.endswith('.pth.tar.tmp'):
                 path.unlink()
+        best = f'checkpoint-{self.best_epoch}.pth.tar'
+        if best in known:
+            self._link(self.directory / best, BEST)
 
     def save(self, state: Mapping[str, Any], epoch: int, metric: float, milestone: bool = False) -> bool:
         """Save an epoch.

@@ -10,11 +10,19 @@ _TERMS = ('class_loss', 'actor_loss', 'critic_loss', 'loss')
 
 
 class FiniteWatch:
-    """Remembers, on the device and without waiting for it, the first step of an epoch whose loss is not finite."""
+    """Remembers, on the device and without waiting for it, the first step of an epoch whose loss is not finite.
 
-    def __init__(self) -> None:
+    Args:
+        patience: Number of such steps in a row that are too many. With the loss scaler of float16 a single one is
+            skipped and the scale halved, as timm's train.py lets it be.
+    """
+
+    def __init__(self, patience: int = 1) -> None:
+        self._patience = patience
         self._terms: list[str] = []
-        self._step = torch.tensor(-1)
+        self._row = torch.tensor(0)  # bad steps in a row
+        self._broken = torch.tensor(False)
+        self._step = torch.tensor(0)  # where the row began
         self._values = torch.zeros(0)
 
     def update(self, index: int, result: Mapping[str, torch.Tensor]) -> None:
@@ -22,12 +30,14 @@ class FiniteWatch:
         if not self._terms:
             self._terms = [term for term in _TERMS if term in result]
             device = result['loss'].device
-            self._step = torch.full((), -1, dtype=torch.int64, device=device)
+            self._row, self._broken, self._step = (t.to(device) for t in (self._row, self._broken, self._step))
             self._values = torch.zeros(len(self._terms), device=device)
         values = torch.stack([result[term].detach().float() for term in self._terms])
-        first = (self._step < 0) & ~values.isfinite().all()
-        self._step = torch.where(first, index, self._step)
-        self._values = torch.where(first, values, self._values)
+        self._row = (self._row + 1) * ~values.isfinite().all()
+        begins = (self._row == 1) & ~self._broken
+        self._step = torch.where(begins, index, self._step)
+        self._values = torch.where(begins, values, self._values)
+        self._broken = self._broken | (self._row >= self._patience)
 
     def check(self, accelerator: Accelerator, epoch: int, steps: int) -> None:
         """Raise if a loss was not finite in any process; every process must call this, and every one raises.
@@ -40,9 +50,9 @@ class FiniteWatch:
         Raises:
             FloatingPointError: With the step, the terms and the process.
         """
-        seen = torch.cat([self._step[None].double(), self._values.double()])[None]
+        seen = torch.cat([self._broken[None].float(), self._step[None].float(), self._values])[None]
         everyone = enumerate(accelerator.gather(seen).tolist())
-        found = [(step, rank, values) for rank, (step, *values) in everyone if step >= 0]
+        found = [(step, rank, values) for rank, (broken, step, *values) in everyone if broken]
         if not found:
             return
         step, rank, values = min(found)  # the others only follow: their weights broke with the next update

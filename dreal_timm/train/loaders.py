@@ -8,7 +8,7 @@ from timm.data import FastCollateMixup, Mixup, create_loader
 
 from dreal_timm.train.streams import check_shards, count_once, restart
 
-__all__ = ['build_loader', 'build_mixup', 'mixes', 'set_epoch']
+__all__ = ['build_loader', 'build_mixup', 'count_images', 'mixes', 'set_epoch']
 
 
 def mixes(config: SimpleNamespace) -> bool:
@@ -37,6 +37,34 @@ def build_mixup(config: SimpleNamespace, num_classes: int) -> Any:
         mode=config.mixup_mode,
         label_smoothing=config.smoothing,
         num_classes=num_classes,
+    )
+
+
+def count_images(dataset: Any, processes: int) -> int:
+    """Return the number of images of all processes; a stream of timm tells that of one."""
+    if dataset is None:
+        return 0
+    return len(dataset) * (processes if isinstance(dataset, torch.utils.data.IterableDataset) else 1)
+
+
+def _augmentation(config: SimpleNamespace) -> dict[str, Any]:
+    return dict(
+        no_aug=config.no_aug,
+        train_crop_mode=config.train_crop_mode,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        vflip=config.vflip,
+        color_jitter=config.color_jitter,
+        color_jitter_prob=config.color_jitter_prob,
+        grayscale_prob=config.grayscale_prob or 0.0,
+        gaussian_blur_prob=config.gaussian_blur_prob or 0.0,
+        auto_augment=config.aa,
+        num_aug_repeats=config.aug_repeats,
+        re_prob=config.reprob,
+        re_mode=config.remode,
+        re_count=config.recount,
+        re_split=config.resplit,
     )
 
 
@@ -87,7 +115,7 @@ def build_loader(
         return create_loader(dataset, batch_size=batch_size, **crop, **kwargs)
     if kind == 'wds':
         check_shards(dataset, processes, workers)
-    images = len(dataset) // processes
+    images = count_images(dataset, processes) // processes
     if images < config.batch_size:
         raise ValueError(
             f'batch_size: {config.batch_size} images a batch, but the training split has {images} for each process.')
@@ -95,30 +123,18 @@ def build_loader(
         raise ValueError('aug_repeats: repeats are shared out to several processes; there is one.')
     if not config.no_aug and config.train_interpolation:
         kwargs['interpolation'] = config.train_interpolation
-    return create_loader(
+    loader = create_loader(
         dataset,
         batch_size=config.batch_size,
         is_training=True,
-        no_aug=config.no_aug,
-        train_crop_mode=config.train_crop_mode,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter,
-        color_jitter_prob=config.color_jitter_prob,
-        grayscale_prob=config.grayscale_prob or 0.0,
-        gaussian_blur_prob=config.gaussian_blur_prob or 0.0,
-        auto_augment=config.aa,
-        num_aug_repeats=config.aug_repeats,
-        re_prob=config.reprob,
-        re_mode=config.remode,
-        re_count=config.recount,
-        re_split=config.resplit,
         worker_seeding=config.worker_seeding,
         collate_fn=None if config.no_prefetcher else mixup,
+        **_augmentation(config),
         **kwargs,
     )
+    if hasattr(loader.sampler, 'seed'):  # of several processes: timm leaves it at 0
+        loader.sampler.seed = config.seed
+    return loader
 
 
 def set_epoch(config: SimpleNamespace, loader: Any, mixup: Any, epoch: int) -> None:

@@ -123,7 +123,9 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     if isinstance(task, DrealTask):
         task.set_epoch(epoch)
         groups = {site.name: group.name for group in task.groups for site in group.sites}
-    meter, watch, means = Meter(groups), FiniteWatch(), dict[str, float]()
+    # a step that the loss scaler of float16 skips halves its scale: 20 in a row are more than the scale has halves
+    meter, watch = Meter(groups), FiniteWatch(patience=1 if accelerator.scaler is None else 20)
+    means, done = dict[str, float](), 0
     steps, accum = len(loader), config.grad_accum_steps
     updates, last_group = epoch * run.updates_per_epoch, steps - steps % accum
     progress = Progress(epoch, run.epochs, steps, config.log_interval, enabled=accelerator.is_main_process)
@@ -139,6 +141,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
                 run.optimizer.zero_grad()
             # the last update of an epoch may join fewer steps
             result = _step(run, input, target, accum if index < last_group else steps - last_group, update)
+            done = index + 1
             meter.update(result, target)
             watch.update(index, result)
             if update:
@@ -156,9 +159,9 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
             track(accelerator, 'train', {**means, 'lr': run.lr}, updates)
     finally:
         progress.close()
-    if not means:
+    if done < steps:
         raise ValueError(
-            f'epoch {epoch + 1}: the training data ended before its {steps} batches. A stream that yields less than it '
+            f'epoch {epoch + 1}: the training data ended after {done} of {steps} batches. A stream yields less than it '
             'tells: check train_num_samples, input_key and target_key, and the warnings of its reader.'
         )
     if hasattr(run.optimizer.optimizer, 'sync_lookahead'):
@@ -167,14 +170,20 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     return means
 
 
+def _join_norms(run: Run, ema: bool = False) -> None:
+    """Let all processes have the same running statistics."""
+    config, processes = run.config, run.accelerator.num_processes
+    if processes > 1 and config.dist_bn and not config.sync_bn:
+        distribute_bn(run.task.get_trainable_module(ema=ema), processes, reduce=config.dist_bn == 'reduce')
+
+
 def _evaluate(run: Run, epoch: int) -> dict[str, dict[str, float]]:
     """Validate the network, and its moving average where there is one on the device."""
     config, accelerator, task = run.config, run.accelerator, run.task
     distributed = accelerator.num_processes > 1
     averaged = task.has_ema() and not config.model_ema_force_cpu
-    if distributed and config.dist_bn and not config.sync_bn:
-        for module in [task.get_trainable_module(), *([task.get_trainable_module(ema=True)] if averaged else [])]:
-            distribute_bn(module, accelerator.num_processes, reduce=config.dist_bn == 'reduce')
+    if averaged:
+        _join_norms(run, ema=True)
     if run.val_loader is None:
         return {}
     metrics = {}
@@ -203,6 +212,7 @@ def _save(run: Run, epoch: int, metric: float) -> None:
         **task.get_checkpoint_state(ema=True),
         'scheduler': scheduler_state(run.scheduler),
         'history': run.history,
+        'processes': run.accelerator.num_processes,
     }
     run.checkpoints.save(state, epoch, metric, milestone=epoch + 1 in (run.config.save_epochs or ()))
     write_summary(run.directory / 'summary.csv', run.history)
@@ -232,6 +242,7 @@ def fit(run: Run) -> None:
         set_epoch(config, run.train_loader, run.mixup, epoch)
         lr = run.lr
         train = train_one_epoch(run, epoch)
+        _join_norms(run)
         entry: dict[str, Any] = {'epoch': epoch, 'lr': lr, 'train': train}
         run.history.append(entry)
         if (epoch + 1) % config.val_interval and epoch + 1 < last:

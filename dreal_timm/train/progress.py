@@ -36,8 +36,9 @@ class Meter:
 
     def _add(self, name: str, total: torch.Tensor, count: torch.Tensor | int) -> None:
         wide = torch.float32 if total.device.type == 'mps' else torch.float64
-        self._sums[name] = self._sums.get(name, 0) + total.detach().to(wide)
-        self._counts[name] = self._counts.get(name, 0) + count
+        finite = total.detach().isfinite()  # float16 skips a batch now and then
+        self._sums[name] = self._sums.get(name, 0) + total.detach().to(wide).where(finite, 0.0)
+        self._counts[name] = self._counts.get(name, 0) + count * finite
 
     def update(self, result: dict[str, Any], target: torch.Tensor) -> None:
         """Add what a task returned for a batch with these targets."""

@@ -45,7 +45,8 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
         reason = ' '.join(str(error).split())[:120]
         raise ValueError(f"resume: '{path}' is broken or no checkpoint of PyTorch ({reason}).") from error
     keys = checkpoint if isinstance(checkpoint, dict) else {}
-    missing = [key for key in ('state_dict', 'optimizer', 'epoch') if key not in keys]
+    needed = ('state_dict', 'epoch') if config.no_resume_opt else ('state_dict', 'optimizer', 'epoch')
+    missing = [key for key in needed if key not in keys]
     if missing:
         raise ValueError(
             f"resume: '{path}' is no training checkpoint: it has no {', '.join(missing)}. To start from weights alone, "
@@ -58,6 +59,17 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
     if opt not in (None, config.opt) and not config.no_resume_opt:  # PyTorch lets the state of another one pass
         raise ValueError(f"resume: '{path}' has the state of {opt}, but opt is {config.opt}; add no_resume_opt=true.")
     return checkpoint
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state; the options of the groups stay those of the recipe, the learning rate is the schedule's."""
+    options: list[dict[str, Any]] = [
+        {name: group[name] for name in ('weight_decay', 'momentum', 'betas', 'eps') if name in group}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, given in zip(optimizer.param_groups, options, strict=True):
+        group.update(given)
 
 
 def restore(
@@ -89,7 +101,7 @@ def restore(
             kind = '_ema' if 'state_dict_ema' in checkpoint else ''
             task.load_checkpoint_state(checkpoint[f'state_dict{kind}'], checkpoint.get(f'task_state{kind}'), ema=True)
         if optimizer is not None:
-            optimizer.load_state_dict(checkpoint['optimizer'])
+            _restore_optimizer(optimizer, checkpoint['optimizer'])
         if scaler is not None and optimizer is not None and 'amp_scaler' in checkpoint:
             scaler.load_state_dict(checkpoint['amp_scaler'])
     except (RuntimeError, KeyError, ValueError) as error:
@@ -110,16 +122,17 @@ def restore_scheduler(scheduler: Any, state: Mapping[str, Any] | None, epoch: in
     """Take a schedule to the beginning of an epoch.
 
     Args:
-        scheduler: timm's scheduler, or None.
+        scheduler: timm's scheduler.
         state: What `scheduler_state` returned, where it is known.
         epoch: Number of the epoch, from 0.
         updates: Number of updates before it.
     """
-    if scheduler is None:
-        return
-    if state is not None:
+    is_plateau = hasattr(scheduler, 'lr_scheduler')
+    if is_plateau and state is not None:
         scheduler.lr_scheduler.load_state_dict(dict(state['plateau']))
         scheduler.restore_lr = state['restore_lr']
+    elif is_plateau and epoch == 0:
+        scheduler.update_groups(scheduler.base_values)
     elif scheduler.t_in_epochs:
         scheduler.step(epoch)
     else:

@@ -1,8 +1,10 @@
 """A run from a recipe to an exported network: set-up, training, export"""
+import json
 import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,19 +23,25 @@ from torch import nn
 
 from dreal_timm.hub import export
 from dreal_timm.train import build, datasets, loaders
-from dreal_timm.train.checkpoint import BEST, Checkpoints, write_text
+from dreal_timm.train.checkpoint import BEST, LAST, Checkpoints, write_text
 from dreal_timm.train.config import load_config, to_dict
 from dreal_timm.train.loop import Run, fit
 from dreal_timm.train.resume import load_checkpoint, restore, restore_scheduler, resume_path
 from dreal_timm.train.trackers import check_trackers, start_trackers
 
-__all__ = ['run', 'set_up']
+__all__ = ['describe', 'run', 'set_up']
 
 _logger = logging.getLogger(__name__)
 
 
 def _launch(config: SimpleNamespace) -> Accelerator:
     """Return Accelerate's accelerator: the launcher gives processes and devices, the recipe decides all else."""
+    for name in ('DEEPSPEED', 'FSDP', 'MEGATRON_LM', 'TPU'):
+        if os.environ.get(f'ACCELERATE_USE_{name}', 'false').lower() == 'true':
+            raise ValueError(
+                f'The launcher is set to {name}; DDP is all that is supported. Run `accelerate config` again, or '
+                'launch with --multi_gpu.'
+            )
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[config.amp_dtype] if config.amp else 'no'
     for name, key, same in (
         ('ACCELERATE_MIXED_PRECISION', 'amp and amp_dtype', (precision, 'no')),
@@ -53,7 +61,8 @@ def _launch(config: SimpleNamespace) -> Accelerator:
     )
     device = accelerator.device
     if config.device not in (None, 'cpu', device.type):
-        raise ValueError(f"device: '{config.device}' is not there; the launcher gives {device}.")
+        hint = ' (CUDA_VISIBLE_DEVICES chooses one of several)' if ':' in config.device else ''
+        raise ValueError(f"device: '{config.device}' is not there; the launcher gives {device}{hint}.")
     if precision == 'fp16' and device.type == 'cpu':
         raise ValueError('amp_dtype: float16 needs a GPU; on a CPU use amp_dtype=bfloat16.')
     if config.sync_bn and accelerator.num_processes > 1 and device.type == 'cpu':
@@ -70,6 +79,11 @@ def _directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main: bo
         raise ValueError("resume: 'auto' looks into the run's folder, so that it needs a name: add experiment=NAME.")
     if config.resume not in ('', 'auto') and not config.experiment:
         directory = Path(config.resume).parent
+        if Path(config.resume).name != LAST:
+            raise ValueError(
+                f"resume: '{config.resume}' is not the last checkpoint of its run, whose folder would be overwritten: "
+                'add experiment=NAME to go on from it in a new folder.'
+            )
     else:
         name = config.experiment or '-'.join([
             datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(config.model), str(input_size[-1]),
@@ -79,17 +93,29 @@ def _directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main: bo
     if is_main and directory.exists():
         if not directory.is_dir():
             problem = f'{directory} is not a folder'
-        elif any(directory.iterdir()) and not (config.resume and (directory / 'args.yaml').is_file()):
-            problem = f'{directory} exists and is not empty'
+        elif not any(directory.iterdir()):
+            pass
+        elif not (directory / 'args.yaml').is_file():
+            problem = f'{directory} exists, is not empty, and is not the folder of a run'
+        elif not config.resume:
+            problem = f'{directory} exists and is not empty; resume=auto goes on with a run that was stopped'
+        elif config.resume != 'auto' and not _is_last_of(Path(config.resume), directory):
+            problem = f'{directory} goes on from its {LAST} alone, not from {config.resume}'
     directory, problem = broadcast_object_list([directory, problem])
     if problem:
         raise FileExistsError(
-            f'{problem}: choose another experiment=NAME, or remove it; resume=auto goes on with a stopped run.')
+            f'{problem}. Choose another experiment=NAME, or remove the folder.')
     return directory
 
 
-def _tell_changes(config: SimpleNamespace, trained: Any) -> None:
+def _is_last_of(path: Path, directory: Path) -> bool:
+    """Whether a checkpoint is the last one of a folder, as this package wrote it."""
+    return path.name == LAST and path.resolve().parent == directory.resolve()
+
+
+def _tell_changes(config: SimpleNamespace, checkpoint: Mapping[str, Any], processes: int) -> None:
     """Log the settings that a resumed run changes."""
+    trained = checkpoint.get('args')
     if not isinstance(trained, Mapping):
         return
     own = ('resume', 'stop_epoch', 'output', 'experiment', 'start_epoch', 'log_with', 'log_kwargs', 'log_interval')
@@ -97,6 +123,9 @@ def _tell_changes(config: SimpleNamespace, trained: Any) -> None:
         f'{name} {trained[name]} -> {value}' for name, value in to_dict(config).items()
         if name not in own and trained.get(name, value) != value
     ]
+    before = checkpoint.get('processes', processes)
+    if before != processes:
+        changed.append(f'processes {before} -> {processes}, and with them the images of an update')
     if changed:
         _logger.info(f'Settings that are not those of the checkpoint: {", ".join(changed)}')
 
@@ -147,18 +176,21 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, path: Path | None, check
     if checkpoint is not None and path is not None:
         run.start_epoch = restore(
             checkpoint, path, run.task, None if config.no_resume_opt else optimizer, run.accelerator.scaler)
-        run.history = list(checkpoint.get('history', []))
-        if is_main and path.resolve().parent == run.directory.resolve() and 'saver' in checkpoint:
-            run.checkpoints.load_state_dict(checkpoint['saver'])
     if config.start_epoch is not None:
         run.start_epoch = config.start_epoch
-        run.history = [entry for entry in run.history if entry['epoch'] < run.start_epoch]
-    if run.start_epoch:
-        state = (checkpoint or {}).get('scheduler')
+    if checkpoint is not None and path is not None:
+        run.history = [entry for entry in checkpoint.get('history', []) if entry['epoch'] < run.start_epoch]
+        if is_main and _is_last_of(path, run.directory):
+            run.checkpoints.load_state_dict(checkpoint['saver'], run.start_epoch)
+    if run.scheduler is None:
+        for group in optimizer.param_groups:
+            group['lr'] = config.lr * group.get('lr_scale', 1.0)
+    elif checkpoint is not None or run.start_epoch:
+        state = None if config.start_epoch is not None else (checkpoint or {}).get('scheduler')
         restore_scheduler(run.scheduler, state, run.start_epoch, run.start_epoch * run.updates_per_epoch)
     if is_main and checkpoint is not None:
         _logger.info(f'resumed from {path}: {run.start_epoch} of {run.epochs} epochs are done')
-        _tell_changes(config, checkpoint.get('args'))
+        _tell_changes(config, checkpoint, run.accelerator.num_processes)
 
 
 def set_up(config: SimpleNamespace) -> Run:
@@ -177,11 +209,14 @@ def set_up(config: SimpleNamespace) -> Run:
 
     model: Any = build.build_model(config)
     data = datasets.data_config(config, model)
-    train_set, val_set = _build_data(config, model, data)
+    with accelerator.local_main_process_first() if config.dataset_download else nullcontext():
+        train_set, val_set = _build_data(config, model, data)
     directory = _directory(config, data['input_size'], is_main)
     # one process decides: a machine that does not see the folder stops, in place of training from the start
     path = broadcast_object_list([resume_path(config, directory)])[0]
     checkpoint = None if path is None else load_checkpoint(path, config)
+    if checkpoint is not None and 'history' not in checkpoint and path.resolve().parent == directory.resolve():
+        raise ValueError(f"resume: '{path}' is not of this package: add experiment=NAME to go on in a new folder.")
 
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
     if config.sync_bn and processes > 1:
@@ -204,8 +239,9 @@ def set_up(config: SimpleNamespace) -> Run:
         optimizer, **scheduler_kwargs(config, decreasing_metric=decreasing), updates_per_epoch=run.updates_per_epoch)
     if is_main:
         _logger.info(
-            f'{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set):,} images to '
-            f'train on, {0 if val_set is None else len(val_set):,} to validate on, {processes} x {device.type}, '
+            f'{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, '
+            f'{loaders.count_images(train_set, processes):,} images to train on, '
+            f'{loaders.count_images(val_set, processes):,} to validate on, {processes} x {device.type}, '
             f'{directory}'
         )
     _resume(run, optimizer, path, checkpoint)
@@ -217,12 +253,25 @@ def set_up(config: SimpleNamespace) -> Run:
 def _export(run: Run) -> None:
     """Export the weights that the best epoch was ranked by."""
     best = torch.load(run.directory / BEST, map_location='cpu', weights_only=True)
+    assert best['epoch'] == run.checkpoints.best_epoch
     averaged = run.config.model_ema and not run.config.model_ema_force_cpu
     run.model.load_state_dict(best['state_dict_ema' if averaged else 'state_dict'])
     target = run.directory / 'model'
     if target.exists():  # a resumed run exports its own folder anew
         shutil.rmtree(target)
     export(run.model, target, data_config=run.data, label_names=run.class_names)
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """Return in words what a run came to, and how to load the network that it exported."""
+    model, metrics = results['model'], results['metrics']
+    architecture = json.loads((Path(model) / 'config.json').read_text(encoding='utf-8'))['architecture']
+    imports = 'import timm, dreal_timm' if architecture.startswith('dreal_') else 'import timm'
+    return (
+        f"top-1 accuracy {metrics['top1']:.2f} % (epoch {results['best_epoch'] + 1} of {len(results['epochs'])})\n"
+        f'exported model {model}\n'
+        f"load it with   {imports}; model = timm.create_model('local-dir:{model}', pretrained=True)"
+    )
 
 
 def run(
@@ -260,6 +309,7 @@ def run(
     accelerator, is_main, directory = state.accelerator, state.accelerator.is_main_process, state.directory
     if is_main:
         directory.mkdir(parents=True, exist_ok=True)
+        state.checkpoints.clean()
         write_text(directory / 'args.yaml', yaml.safe_dump(to_dict(state.config), sort_keys=False))
     start_trackers(
         accelerator, directory, to_dict(state.config), state.config.log_kwargs,

@@ -1,4 +1,5 @@
 """Experiment trackers, through Accelerate"""
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ def check_trackers(names: Sequence[str], kwargs: Mapping[str, Any]) -> None:
             )
 
 
+def _keep_id(arguments: dict[str, Any], path: Path, is_main: bool) -> None:
+    """Let a resumed run go on with its wandb run, whose number is kept in the run's folder."""
+    if 'id' in arguments or not is_main:
+        return
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12], encoding='utf-8')
+    arguments.update(id=path.read_text(encoding='utf-8'), resume='allow')
+
+
 def start_trackers(
         accelerator: Accelerator,
         directory: Path,
@@ -49,7 +59,7 @@ def start_trackers(
         accelerator: Accelerate's accelerator, with `log_with`.
         directory: Folder of the run, where trackers that write files do so.
         config: The configuration, which trackers keep.
-        kwargs: Arguments of each tracker by its name.
+        kwargs: Arguments of each tracker by its name; `project` in them is that of all, 'dreal_timm' otherwise.
         first_step: Number of updates that a resumed run starts after; TensorBoard drops what it had of later ones.
     """
     if not accelerator.log_with:
@@ -60,8 +70,11 @@ def start_trackers(
         init.setdefault('tensorboard', {}).setdefault('purge_step', first_step + 1)
     for name in ('wandb', 'trackio'):
         init.setdefault(name, {}).setdefault('name', directory.name)
+    project = next((arguments.pop('project') for arguments in init.values() if 'project' in arguments), _PROJECT)
+    if 'wandb' in kwargs or 'wandb' in map(str, accelerator.log_with):
+        _keep_id(init['wandb'], directory / 'wandb_id.txt', accelerator.is_main_process)
     plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
-    accelerator.init_trackers(_PROJECT, config=plain, init_kwargs=init)
+    accelerator.init_trackers(project, config=plain, init_kwargs=init)
 
 
 def track(accelerator: Accelerator, prefix: str, values: Mapping[str, float], step: int) -> None:

@@ -1,4 +1,5 @@
 import argparse
+import os
 import resource
 import shutil
 import subprocess
@@ -10,8 +11,9 @@ import torch
 import yaml
 from small_run import recipe
 
-from dreal_timm.train import run
+from dreal_timm.train import load_config, run
 from dreal_timm.train.checkpoint import BEST, LAST, Checkpoints, write_summary
+from dreal_timm.train.runner import set_up
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -55,10 +57,49 @@ def test_leftovers_of_a_kill_are_removed(tmp_path):
     for name in ('checkpoint-1.pth.tar', f'{LAST}.tmp', 'checkpoint-mine.pth.tar', 'milestone-9.pth.tar'):
         (tmp_path / name).write_bytes(b'x')
     again = Checkpoints(tmp_path, keep=3)
-    again.load_state_dict(torch.load(tmp_path / LAST, weights_only=True)['saver'])
+    again.load_state_dict(torch.load(tmp_path / LAST, weights_only=True)['saver'], epochs=1)
+    assert len(names(tmp_path)) == 7  # nothing is written before the run begins
+    again.clean()
     assert names(tmp_path) == [
         'checkpoint-0.pth.tar', 'checkpoint-mine.pth.tar', LAST, 'milestone-9.pth.tar', BEST]
     assert (again.best_epoch, again.best_metric, again.files) == (0, 1.0, [('checkpoint-0.pth.tar', 1.0)])
+
+
+def test_the_best_file_follows_the_best_epoch(tmp_path, monkeypatch):
+    """Killed between the best file and the last one, an epoch that comes out worse leaves the best epoch's weights."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({'x': torch.tensor(0)}, 0, 50.0)
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target).name == LAST:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr('os.replace', killed)
+        checkpoints.save({'x': torch.tensor(1)}, 1, 60.0)
+    assert torch.load(tmp_path / BEST, weights_only=True)['epoch'] == 1
+    again = Checkpoints(tmp_path)
+    again.load_state_dict(torch.load(tmp_path / LAST, weights_only=True)['saver'], epochs=1)
+    again.clean()
+    assert not again.save({'x': torch.tensor(1)}, 1, 49.0)
+    assert (again.best_epoch, torch.load(tmp_path / BEST, weights_only=True)['epoch']) == (0, 0)
+
+
+def test_rewound_checkpoints(tmp_path):
+    """Going back to an earlier epoch forgets the later ones, also as the best."""
+    checkpoints = Checkpoints(tmp_path)
+    for epoch, metric in enumerate([3.0, 1.0, 5.0]):
+        checkpoints.save({}, epoch, metric)
+    again = Checkpoints(tmp_path)
+    again.load_state_dict(torch.load(tmp_path / LAST, weights_only=True)['saver'], epochs=2)
+    assert (again.best_epoch, again.best_metric) == (0, 3.0)
+    again.clean()
+    assert names(tmp_path) == ['checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', LAST, BEST]
+    assert torch.load(tmp_path / BEST, weights_only=True)['epoch'] == 0
+    again.load_state_dict(torch.load(tmp_path / LAST, weights_only=True)['saver'], epochs=0)
+    assert (again.best_epoch, again.files) == (None, [])
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -172,7 +213,12 @@ def test_resume_by_path(images, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / 'old')
     there = run(recipe(images, tmp_path, experiment='', resume=str(tmp_path / 'old' / LAST)))
     assert there['directory'] == str(tmp_path / 'old')
-    new = run(recipe(images, tmp_path, experiment='new', resume=str(stopped / LAST)))
+    earlier = stopped / 'checkpoint-0.pth.tar'
+    for settings in ({'experiment': ''}, {'experiment': 'run', 'output': str(stopped.parent)}):
+        with pytest.raises((ValueError, FileExistsError), match='experiment=NAME'):
+            run(recipe(images, tmp_path) | settings | {'resume': str(earlier)})
+    assert earlier.exists()
+    new = run(recipe(images, tmp_path, experiment='new', resume=str(earlier)))
     assert new['epochs'] == there['epochs'] == whole['epochs']
     assert new['best_epoch'] == 1  # the file of the best of the old folder stays there
     states = [torch.load(tmp_path / name / LAST, weights_only=True)['state_dict'] for name in ('whole', 'old', 'new')]
@@ -214,14 +260,48 @@ def test_changed_settings_are_told(images, stopped, tmp_path, caplog):
     assert 'not those of the checkpoint: lr 0.05 -> 0.01' in caplog.text
 
 
+def test_options_of_a_resumed_run(images, stopped, tmp_path):
+    """The optimizer of a resumed run has the recipe's options and the schedule's learning rate, group by group."""
+    state = set_up(load_config(resumed(images, stopped, tmp_path, weight_decay=0.5, momentum=0.1)))
+    groups = state.optimizer.param_groups
+    assert {group['weight_decay'] for group in groups} == {0.0, 0.5}
+    assert {group['momentum'] for group in groups} == {0.1}
+    assert {group['lr'] for group in groups} == {0.025}
+    state = set_up(load_config(recipe(images, tmp_path, resume='auto', sched='none', lr=0.01)))
+    assert {group['lr'] for group in state.optimizer.param_groups} == {0.01}
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_another_schedule_after_a_resume(images, tmp_path):
+    """A run goes on under another schedule than it began with."""
+    run(recipe(images, tmp_path, sched='plateau', stop_epoch=1))
+    results = run(recipe(images, tmp_path, resume='auto'))
+    assert results['epochs'][1]['lr'] == pytest.approx(0.025)
+
+
+def test_other_processes_are_told(images, stopped, tmp_path, caplog):
+    """A run that goes on with another number of processes says so."""
+    settings = resumed(images, stopped, tmp_path)
+    state = torch.load(tmp_path / 'run' / LAST, weights_only=True)
+    torch.save(state | {'processes': 4}, tmp_path / 'run' / LAST)
+    with caplog.at_level('INFO'):
+        set_up(load_config(settings))
+    assert 'processes 4 -> 1' in caplog.text
+
+
 def test_checkpoints_of_timm_resume(images, tmp_path):
     """A checkpoint with timm's keys alone, and its arguments as a Namespace, goes on."""
     run(recipe(images, tmp_path, stop_epoch=1, dreal={'enabled': False}))
     state = torch.load(tmp_path / 'run' / LAST, weights_only=True)
     timms = {key: state[key] for key in ('epoch', 'arch', 'optimizer', 'version', 'state_dict', 'metric')}
     torch.save(timms | {'args': argparse.Namespace(model='test_resnet')}, tmp_path / 'timm.pth.tar')
+    (tmp_path / 'timm').mkdir()
+    (tmp_path / 'timm.pth.tar').rename(tmp_path / 'timm' / LAST)
+    (tmp_path / 'timm' / 'args.yaml').write_text('')
+    with pytest.raises(ValueError, match='not of this package: add experiment=NAME'):
+        run(recipe(images, tmp_path, experiment='', resume=str(tmp_path / 'timm' / LAST), dreal={'enabled': False}))
     results = run(recipe(
-        images, tmp_path, experiment='new', resume=str(tmp_path / 'timm.pth.tar'), dreal={'enabled': False}))
+        images, tmp_path, experiment='new', resume=str(tmp_path / 'timm' / LAST), dreal={'enabled': False}))
     whole = run(recipe(images, tmp_path, experiment='whole', dreal={'enabled': False}))
     assert [entry['epoch'] for entry in results['epochs']] == [1]
     assert results['epochs'] == whole['epochs'][1:]
@@ -231,6 +311,7 @@ def test_start_epoch_and_no_resume_opt(images, stopped, tmp_path):
     """start_epoch wins over the checkpoint's number; no_resume_opt leaves the optimizer fresh."""
     results = run(resumed(images, stopped, tmp_path, start_epoch=0))
     assert [entry['epoch'] for entry in results['epochs']] == [0, 1]
+    assert [entry['lr'] for entry in results['epochs']] == [0.05, 0.025]
     buffers = {}
     for fresh in (False, True):
         shutil.copytree(stopped, tmp_path / f'run-{fresh}')

@@ -1,5 +1,7 @@
 import logging
+import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from small_run import recipe, write_images
 
 from dreal_timm.cli import main
 from dreal_timm.errors import one_line
-from dreal_timm.train import loop, run
+from dreal_timm.train import load_config, loop, run
+from dreal_timm.train.finite import FiniteWatch
+from dreal_timm.train.runner import set_up
 
 
 def train(tmp_path, capsys, settings):
@@ -136,6 +140,37 @@ def test_a_loss_that_is_not_finite(images, tmp_path, monkeypatch, term):
         name: content for name, content in good.items() if name != 'args.yaml'}
     monkeypatch.undo()
     assert len(run(recipe(images, tmp_path, resume='auto', **values))['epochs']) == 3
+
+
+def test_the_loss_scaler_may_skip():
+    """With patience, a few bad steps in a row are let be, as float16's scaler skips them; too many are told."""
+    accelerator = SimpleNamespace(gather=lambda seen: seen, num_processes=1)
+    watch = FiniteWatch(patience=3)
+    for index, loss in enumerate([1.0, math.nan, math.inf, 1.0, math.nan, math.nan]):
+        watch.update(index, {'loss': torch.tensor(loss)})
+    watch.check(accelerator, 0, 9)
+    watch.update(6, {'loss': torch.tensor(math.inf)})
+    watch.update(7, {'loss': torch.tensor(1.0)})
+    with pytest.raises(FloatingPointError, match=r'step 5 of 9: .*\(loss is nan\)'):
+        watch.check(accelerator, 0, 9)
+
+
+@pytest.mark.parametrize('backend', ['DEEPSPEED', 'FSDP'])
+def test_a_launcher_that_is_not_supported(images, tmp_path, monkeypatch, backend):
+    """Another way of distribution than DDP is refused in a line."""
+    monkeypatch.setenv(f'ACCELERATE_USE_{backend}', 'true')
+    with pytest.raises(ValueError, match=f'set to {backend}; DDP is all'):
+        run(recipe(images, tmp_path))
+
+
+def test_settings_of_the_launcher_are_told(images, tmp_path, monkeypatch, caplog):
+    """Precision and accumulation are the recipe's; where the launcher has others, the log says so."""
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '4')
+    state = set_up(load_config(recipe(images, tmp_path)))
+    assert 'ACCELERATE_MIXED_PRECISION=bf16 of the launcher is not used' in caplog.text
+    assert 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 of the launcher is not used' in caplog.text
+    assert (state.accelerator.mixed_precision, state.accelerator.gradient_accumulation_steps) == ('no', 1)
 
 
 def test_a_validation_that_is_not_finite(images, tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ EFFECTIVE = {
         'pin_mem': True, 'drop_path': 0.05, 'amp': True, 'amp_dtype': 'bfloat16', 'channels_last': True, 'opt': 'lamb',
         'weight_decay': 0.02, 'lr_base': 5e-3, 'lr_base_size': 2048, 'warmup_lr': 1e-6, 'min_lr': 1e-6,
         'color_jitter': 0.0, 'aa': 'rand-m7-mstd0.5-inc1', 'mixup': 0.1, 'cutmix': 1.0, 'bce_loss': True,
+        'bce_target_thresh': 0.2,
         'smoothing': 0.0, 'crop_pct': 0.95, 'interpolation': 'bicubic', 'model_ema': True, 'model_ema_warmup': True,
         'log_interval': 100,
     },

@@ -2,6 +2,7 @@ import copy
 import csv
 import importlib.util
 import math
+import shutil
 from functools import partial
 
 import pytest
@@ -442,8 +443,8 @@ def test_tensorboard_of_a_resumed_run(few, tmp_path):
     pytest.importorskip('tensorboard')
     values = dict(log_with=['tensorboard'], log_interval=1, checkpoint_hist=10, sched='constant', **SMALL)
     run(recipe(few, tmp_path, epochs=3, **values))
-    earlier = str(tmp_path / 'run' / 'checkpoint-0.pth.tar')
-    results = run(recipe(few, tmp_path, epochs=3, resume=earlier, **values | {'lr': 0.2}))
+    shutil.copy(tmp_path / 'run' / 'checkpoint-0.pth.tar', tmp_path / 'run' / 'last.pth.tar')  # as if killed since
+    results = run(recipe(few, tmp_path, epochs=3, resume='auto', **values | {'lr': 0.2}))
     curves = scalars(tmp_path / 'run')
     assert [step for step, _ in curves['train/loss']] == [1, 2, 3, 4, 5, 6]
     losses = [value for step, value in curves['train/loss'] if step % 2 == 0]
