@@ -2,6 +2,7 @@
 import logging
 import sys
 
+import torch
 from accelerate import PartialState
 
 from dreal_timm.errors import one_line
@@ -26,4 +27,5 @@ if __name__ == '__main__':
             raise
         print(f'{arguments[0]}: error: {one_line(error)}', file=sys.stderr)
         sys.exit(2)
-    PartialState().destroy_process_group()
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'nccl':
+        torch.distributed.destroy_process_group()  # NCCL asks for it; with gloo it can wait for ever (torch 2.4)
