@@ -37,7 +37,9 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
     Raises:
         ValueError: The file is broken, is no training checkpoint, or is of another model.
     """
-    allow = getattr(torch.serialization, 'safe_globals', None)  # torch 2.5
+    allow = getattr(torch.serialization, 'safe_globals', None)
+    if allow is None:  # torch 2.4 knows no such context
+        torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         with nullcontext() if allow is None else allow([argparse.Namespace]):  # timm stores its arguments as one
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)

@@ -463,7 +463,7 @@ def _command(*arguments):
 
 
 @pytest.mark.parametrize(('setting', 'message'), [
-    ('experiment=taken', 'exists and is not empty'),
+    ('experiment=taken', 'exists, is not empty'),
     ('data_dir=/nowhere', "no folder '/nowhere'"),
     ('batch_size=19', '18 for each process'),
     ('sync_bn=true', 'needs GPUs'),
