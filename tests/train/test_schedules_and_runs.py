@@ -10,53 +10,18 @@ import timm
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from safetensors.torch import save_file
-from small_run import recipe, write_images
+from small_run import GROUP_NORM, SE, assert_close, before_updates, copied, gradients, recipe, start
 
-from dreal_timm.train import load_config, loop, run
+from dreal_timm.train import loop, run
 from dreal_timm.train.loop import fit, train_one_epoch
-from dreal_timm.train.runner import set_up
 
-SE = {'zero_init_last': False, 'block_args': {'attn_layer': 'se'}}
-GROUP_NORM = SE | {'norm_layer': 'groupnorm1'}
 SMALL = {'batch_size': 6, 'no_aug': True}
 LR, LOW = 0.05, 0.001
 
 
-@pytest.fixture(scope='module')
-def few(tmp_path_factory):
-    """A folder of 3 classes: 4 images of each to train on, 1 to validate on. Not to be changed."""
-    return write_images(tmp_path_factory.mktemp('few') / 'data', train=4, validation=1)
-
-
-def start(images, path, **values):
-    """All of a run before its first epoch."""
-    state = set_up(load_config(recipe(images, path, **SMALL | values)))
-    state.directory.mkdir(parents=True, exist_ok=True)
-    return state
-
-
-def copied(module):
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def gradients(module):
-    return {name: p.grad.clone() for name, p in module.named_parameters()}
-
-
-def before_updates(state, record):
-    """Return the list of what `record()` gives before each update."""
-    seen = []
-    optimizer = state.optimizer.optimizer
-    getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(lambda *_: seen.append(record()))
-    return seen
-
-
-def assert_close(first, second, tolerance):
-    """Tensors of the same names are equal, relative to the norm of each."""
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        error = (value.double() - second[name].double()).norm()
-        assert error <= tolerance * second[name].double().norm(), (name, error)
+def begin(images, path, **values):
+    """All of a run of small batches before its first epoch."""
+    return start(images, path, **SMALL | values)
 
 
 def rates_of(state):
@@ -130,7 +95,7 @@ def noisy(epoch):
 def test_schedules(few, tmp_path, values, expected):
     """The rates of four epochs are those of the formula of the schedule, at every update and in the history."""
     values = {'epochs': 4, 'lr': LR, 'min_lr': LOW, 'warmup_lr': 0.01, 'val_interval': 4, **values}
-    state = start(few, tmp_path, **values)
+    state = begin(few, tmp_path, **values)
     rates = rates_of(state)
     fit(state)
     assert [epoch['lr'] for epoch in state.history] == pytest.approx(expected)
@@ -149,14 +114,14 @@ def test_schedules(few, tmp_path, values, expected):
 def test_plateau(few, tmp_path, monkeypatch, values, metrics, expected):
     """The rate falls when the metric that ranks the epochs is not better for longer than the patience."""
     found(monkeypatch, metrics)
-    state = start(few, tmp_path, sched='plateau', decay_rate=0.5, lr=LR, epochs=len(expected), **values)
+    state = begin(few, tmp_path, sched='plateau', decay_rate=0.5, lr=LR, epochs=len(expected), **values)
     fit(state)
     assert [epoch['lr'] for epoch in state.history] == pytest.approx([LR * factor for factor in expected])
 
 
 def test_schedule_on_updates(few, tmp_path):
     """Stepped with updates, which join two steps here, a schedule moves within an epoch, the warm-up included."""
-    state = start(
+    state = begin(
         few, tmp_path, epochs=3, lr=LR, min_lr=LOW, sched_on_updates=True, warmup_epochs=1, warmup_lr=0.01,
         batch_size=4, grad_accum_steps=2)
     rates = rates_of(state)
@@ -205,7 +170,7 @@ class AdamW:
 ])
 def test_optimizers(few, tmp_path, values, optimizer):
     """Weights after two epochs are those of the optimizer by hand, with its settings."""
-    state = start(few, tmp_path, sched='none', batch_size=4, model_kwargs=GROUP_NORM, **values)
+    state = begin(few, tmp_path, sched='none', batch_size=4, model_kwargs=GROUP_NORM, **values)
     module = state.task.get_trainable_module()
     weights, optimizer = copied(module), optimizer()
     seen = before_updates(state, lambda: gradients(module))
@@ -219,7 +184,7 @@ def test_optimizers(few, tmp_path, values, optimizer):
 @pytest.mark.parametrize(('batch_size', 'syncs'), [(3, (6, 12)), (4, (6, 9))])
 def test_lookahead(images, tmp_path, batch_size, syncs):
     """The first slow weights are those after 6 updates; they are averaged in after 6 more, and with an epoch."""
-    state = start(
+    state = begin(
         images, tmp_path, opt='lookahead_sgd', sched='none', model_kwargs=GROUP_NORM, epochs=1,
         batch_size=batch_size)
     module = state.task.get_trainable_module()
@@ -241,7 +206,7 @@ def test_lookahead(images, tmp_path, batch_size, syncs):
 ])
 def test_layer_decay(few, tmp_path, values, scales):
     """Rates halve with each layer below the classifier, the critic has the full rate and no weight decay."""
-    state = start(few, tmp_path, layer_decay=0.5, weight_decay=0.1, **values)
+    state = begin(few, tmp_path, layer_decay=0.5, weight_decay=0.1, **values)
     module = state.task.get_trainable_module()
     before = copied(module)
     groups = {id(p): group for group in state.optimizer.param_groups for p in group['params']}
@@ -274,7 +239,7 @@ def weight_files(tmp_path_factory):
 @pytest.mark.parametrize(('kind', 'classes'), [('pth', 3), ('safetensors', 3), ('pth', 1000)])
 def test_pretrained_path(few, tmp_path, weight_files, kind, classes):
     """Weights of a network with other classes are taken, but for the classifier, which starts anew."""
-    state = start(few, tmp_path, pretrained_path=str(weight_files / f'5.{kind}'), num_classes=classes)
+    state = begin(few, tmp_path, pretrained_path=str(weight_files / f'5.{kind}'), num_classes=classes)
     given = torch.load(weight_files / '5.pth', weights_only=True)
     assert state.model.fc.weight.shape == (classes, 96)
     named = {name: value for name, value in copied(state.model).items() if not name.startswith('fc.')}
@@ -284,7 +249,7 @@ def test_pretrained_path(few, tmp_path, weight_files, kind, classes):
 @pytest.mark.parametrize('kind', ['pth', 'safetensors'])
 def test_initial_checkpoint(few, tmp_path, weight_files, kind):
     """A run starts from all of the weights of the file."""
-    state = start(few, tmp_path, initial_checkpoint=str(weight_files / f'3.{kind}'))
+    state = begin(few, tmp_path, initial_checkpoint=str(weight_files / f'3.{kind}'))
     given = torch.load(weight_files / '3.pth', weights_only=True)
     assert all(torch.equal(value, given[name]) for name, value in copied(state.model).items())
 
@@ -383,7 +348,7 @@ def test_start_at_an_epoch(few, tmp_path, resumed, epochs, done, on_updates):
     values = dict(epochs=3, lr=LR, min_lr=LOW, sched_on_updates=on_updates)
     if 'resume' in resumed:
         run(recipe(few, tmp_path, stop_epoch=1, **SMALL, **values))
-    state = start(few, tmp_path, **values, **resumed)
+    state = begin(few, tmp_path, **values, **resumed)
     assert not state.optimizer.state_dict()['state']
     rates = rates_of(state)
     fit(state)
@@ -416,7 +381,7 @@ def test_tensorboard(few, tmp_path):
     """TensorBoard has the losses, the rewards of each group and both validations, at the updates they are of."""
     pytest.importorskip('tensorboard')
     values = dict(epochs=2, log_with=['tensorboard'], log_interval=1, model_ema=True, sched_on_updates=True, lr=LR)
-    state = start(few, tmp_path / 'names', **values)
+    state = begin(few, tmp_path / 'names', **values)
     results = run(recipe(few, tmp_path, **SMALL, **values))
     curves = scalars(tmp_path / 'run')
     groups = [group.name for group in state.task.groups]

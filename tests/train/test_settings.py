@@ -6,25 +6,16 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_run import recipe, write_images
+from small_run import GROUP_NORM, assert_close, before_updates, copied, gradients, recipe, start
 from timm.layers import DropPath
 from timm.utils import random_seed
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.train import load_config, loop, run
+from dreal_timm.train import loop, run
 from dreal_timm.train.loop import fit, train_one_epoch
-from dreal_timm.train.runner import set_up
 
-SE = {'zero_init_last': False, 'block_args': {'attn_layer': 'se'}}
-GROUP_NORM = SE | {'norm_layer': 'groupnorm1'}
 SMALL = {'batch_size': 4, 'no_aug': True}
-
-
-@pytest.fixture(scope='module')
-def few(tmp_path_factory):
-    """A folder of 3 classes: 4 images of each to train on, 1 to validate on. Not to be changed."""
-    return write_images(tmp_path_factory.mktemp('few') / 'data', train=4, validation=1)
 
 
 @pytest.fixture
@@ -41,37 +32,6 @@ def steps(monkeypatch):
 
     monkeypatch.setattr(DrealTask, 'forward', recorded)
     return seen
-
-
-def start(images, path, **values):
-    """All of a run before its first epoch."""
-    state = set_up(load_config(recipe(images, path, **values)))
-    state.directory.mkdir(parents=True, exist_ok=True)
-    return state
-
-
-def copied(module):
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def gradients(module):
-    return {name: p.grad.clone() for name, p in module.named_parameters()}
-
-
-def before_updates(state, record):
-    """Return the list of what `record()` gives before each update."""
-    seen = []
-    optimizer = state.optimizer.optimizer
-    getattr(optimizer, '_base_optimizer', optimizer).register_step_pre_hook(lambda *_: seen.append(record()))
-    return seen
-
-
-def assert_close(first, second, tolerance):
-    """Tensors of the same names are equal, relative to the norm of each."""
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        error = (value.double() - second[name].double()).norm()
-        assert error <= tolerance * second[name].double().norm(), (name, error)
 
 
 def validation_images(images):
