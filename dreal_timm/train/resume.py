@@ -13,7 +13,7 @@ from dreal_timm.errors import UNREADABLE
 from dreal_timm.task import DrealTask
 from dreal_timm.train.checkpoint import LAST
 
-__all__ = ['load_checkpoint', 'restore', 'restore_scheduler', 'resume_path', 'scheduler_state']
+__all__ = ['is_last_of', 'load_checkpoint', 'restore', 'restore_scheduler', 'resume_path', 'scheduler_state']
 
 
 def resume_path(config: SimpleNamespace, directory: Path) -> Path | None:
@@ -29,6 +29,11 @@ def resume_path(config: SimpleNamespace, directory: Path) -> Path | None:
     if not Path(config.resume).is_file():
         raise FileNotFoundError(f"resume: no file '{config.resume}'.")
     return Path(config.resume)
+
+
+def is_last_of(path: Path, directory: Path) -> bool:
+    """Return whether a file is the last checkpoint of a folder."""
+    return path.name == LAST and path.resolve().parent == directory.resolve()
 
 
 def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:

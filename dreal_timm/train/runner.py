@@ -1,11 +1,9 @@
 """A run from a recipe to an exported network: set-up, training, export"""
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,104 +11,24 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from timm.layers import convert_sync_batchnorm
-from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import random_seed
 from torch import nn
 
 from dreal_timm.hub import export
 from dreal_timm.train import build, datasets, loaders
-from dreal_timm.train.checkpoint import BEST, LAST, Checkpoints, write_text
+from dreal_timm.train.checkpoint import BEST, Checkpoints, write_text
 from dreal_timm.train.config import load_config, to_dict
+from dreal_timm.train.launch import launch, run_directory
 from dreal_timm.train.loop import Run, fit
-from dreal_timm.train.resume import load_checkpoint, restore, restore_scheduler, resume_path
+from dreal_timm.train.resume import is_last_of, load_checkpoint, restore, restore_scheduler, resume_path
 from dreal_timm.train.trackers import check_trackers, start_trackers
 
 __all__ = ['describe', 'run', 'set_up']
 
 _logger = logging.getLogger(__name__)
-
-
-def _launch(config: SimpleNamespace) -> Accelerator:
-    """Return Accelerate's accelerator: the launcher gives processes and devices, the recipe decides all else."""
-    for name in ('DEEPSPEED', 'FSDP', 'MEGATRON_LM', 'TPU'):
-        if os.environ.get(f'ACCELERATE_USE_{name}', 'false').lower() == 'true':
-            raise ValueError(
-                f'The launcher is set to {name}; DDP is all that is supported. Run `accelerate config` again, or '
-                'launch with --multi_gpu.'
-            )
-    precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[config.amp_dtype] if config.amp else 'no'
-    for name, key, same in (
-        ('ACCELERATE_MIXED_PRECISION', 'amp and amp_dtype', (precision, 'no')),
-        ('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', 'grad_accum_steps', (str(config.grad_accum_steps), '1')),
-    ):
-        if os.environ.get(name, same[0]) not in same:
-            _logger.warning(f'{name}={os.environ[name]} of the launcher is not used: a recipe has {key}.')
-    if is_initialized() and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # a second run in one process; Accelerate offers no public way
-    accelerator = Accelerator(
-        cpu=config.device == 'cpu',
-        mixed_precision=precision,
-        # steps are joined here, so that the last update of an epoch may join fewer, as in timm's train.py
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=config.log_with,
-        project_config=ProjectConfiguration(logging_dir=config.output or 'output/train'),
-    )
-    device = accelerator.device
-    if config.device not in (None, 'cpu', device.type):
-        hint = ' (CUDA_VISIBLE_DEVICES chooses one of several)' if ':' in config.device else ''
-        raise ValueError(f"device: '{config.device}' is not there; the launcher gives {device}{hint}.")
-    if precision == 'fp16' and device.type == 'cpu':
-        raise ValueError('amp_dtype: float16 needs a GPU; on a CPU use amp_dtype=bfloat16.')
-    if config.sync_bn and accelerator.num_processes > 1 and device.type == 'cpu':
-        raise ValueError('sync_bn: synchronised batch norm needs GPUs.')
-    if device.type == 'cuda':  # as timm's train.py
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    return accelerator
-
-
-def _directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main: bool) -> Path:
-    """Return the folder of the run, as the first process names it; only that one looks whether it is free."""
-    if config.resume == 'auto' and not config.experiment:
-        raise ValueError("resume: 'auto' looks into the run's folder, so that it needs a name: add experiment=NAME.")
-    if config.resume not in ('', 'auto') and not config.experiment:
-        directory = Path(config.resume).parent
-        if Path(config.resume).name != LAST:
-            raise ValueError(
-                f"resume: '{config.resume}' is not the last checkpoint of its run, whose folder would be overwritten: "
-                'add experiment=NAME to go on from it in a new folder.'
-            )
-    else:
-        name = config.experiment or '-'.join([
-            datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(config.model), str(input_size[-1]),
-        ])
-        directory = Path(config.output or 'output/train') / name
-    problem = ''
-    if is_main and directory.exists():
-        if not directory.is_dir():
-            problem = f'{directory} is not a folder'
-        elif not any(directory.iterdir()):
-            pass
-        elif not (directory / 'args.yaml').is_file():
-            problem = f'{directory} exists, is not empty, and is not the folder of a run'
-        elif not config.resume:
-            problem = f'{directory} exists and is not empty; resume=auto goes on with a run that was stopped'
-        elif config.resume != 'auto' and not _is_last_of(Path(config.resume), directory):
-            problem = f'{directory} goes on from its {LAST} alone, not from {config.resume}'
-    directory, problem = broadcast_object_list([directory, problem])
-    if problem:
-        raise FileExistsError(
-            f'{problem}. Choose another experiment=NAME, or remove the folder.')
-    return directory
-
-
-def _is_last_of(path: Path, directory: Path) -> bool:
-    """Whether a checkpoint is the last one of a folder, as this package wrote it."""
-    return path.name == LAST and path.resolve().parent == directory.resolve()
 
 
 def _tell_changes(config: SimpleNamespace, checkpoint: Mapping[str, Any], processes: int) -> None:
@@ -180,7 +98,7 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, path: Path | None, check
         run.start_epoch = config.start_epoch
     if checkpoint is not None and path is not None:
         run.history = [entry for entry in checkpoint.get('history', []) if entry['epoch'] < run.start_epoch]
-        if is_main and _is_last_of(path, run.directory):
+        if is_main and is_last_of(path, run.directory):
             run.checkpoints.load_state_dict(checkpoint['saver'], run.start_epoch)
     if run.scheduler is None:
         for group in optimizer.param_groups:
@@ -203,7 +121,7 @@ def set_up(config: SimpleNamespace) -> Run:
     """
     build.import_device_modules(config)
     check_trackers(config.log_with or (), config.log_kwargs)
-    accelerator = _launch(config)
+    accelerator = launch(config)
     device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     random_seed(config.seed, accelerator.process_index)
 
@@ -211,7 +129,7 @@ def set_up(config: SimpleNamespace) -> Run:
     data = datasets.data_config(config, model)
     with accelerator.local_main_process_first() if config.dataset_download else nullcontext():
         train_set, val_set = _build_data(config, model, data)
-    directory = _directory(config, data['input_size'], is_main)
+    directory = run_directory(config, data['input_size'], is_main)
     # one process decides: a machine that does not see the folder stops, in place of training from the start
     path = broadcast_object_list([resume_path(config, directory)])[0]
     checkpoint = None if path is None else load_checkpoint(path, config)

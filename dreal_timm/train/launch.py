@@ -1,0 +1,107 @@
+"""Where a run happens: the processes and devices that the launcher gives, and the folder"""
+import logging
+import os
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
+from timm.models import safe_model_name
+
+from dreal_timm.train.checkpoint import LAST
+from dreal_timm.train.resume import is_last_of
+
+__all__ = ['launch', 'run_directory']
+
+_logger = logging.getLogger(__name__)
+
+
+def launch(config: SimpleNamespace) -> Accelerator:
+    """Return Accelerate's accelerator: the launcher gives processes and devices, the recipe decides all else.
+
+    Raises:
+        ValueError: The launcher, or the device it gives, is not what the recipe needs.
+    """
+    for name in ('DEEPSPEED', 'FSDP', 'MEGATRON_LM', 'TPU'):
+        if os.environ.get(f'ACCELERATE_USE_{name}', 'false').lower() == 'true':
+            raise ValueError(
+                f'The launcher is set to {name}; DDP is all that is supported. Run `accelerate config` again, or '
+                'launch with --multi_gpu.'
+            )
+    precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[config.amp_dtype] if config.amp else 'no'
+    for name, key, same in (
+        ('ACCELERATE_MIXED_PRECISION', 'amp and amp_dtype', (precision, 'no')),
+        ('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', 'grad_accum_steps', (str(config.grad_accum_steps), '1')),
+    ):
+        if os.environ.get(name, same[0]) not in same:
+            _logger.warning(f'{name}={os.environ[name]} of the launcher is not used: a recipe has {key}.')
+    if is_initialized() and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # a second run in one process; Accelerate offers no public way
+    accelerator = Accelerator(
+        cpu=config.device == 'cpu',
+        mixed_precision=precision,
+        # steps are joined here, so that the last update of an epoch may join fewer, as in timm's train.py
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(logging_dir=config.output or 'output/train'),
+    )
+    device = accelerator.device
+    if config.device not in (None, 'cpu', device.type):
+        hint = ' (CUDA_VISIBLE_DEVICES chooses one of several)' if ':' in config.device else ''
+        raise ValueError(f"device: '{config.device}' is not there; the launcher gives {device}{hint}.")
+    if precision == 'fp16' and device.type == 'cpu':
+        raise ValueError('amp_dtype: float16 needs a GPU; on a CPU use amp_dtype=bfloat16.')
+    if config.sync_bn and accelerator.num_processes > 1 and device.type == 'cpu':
+        raise ValueError('sync_bn: synchronised batch norm needs GPUs.')
+    if device.type == 'cuda':  # as timm's train.py
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
+def run_directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main: bool) -> Path:
+    """Return the folder of the run, as the first process names it; only that one looks whether it is free.
+
+    Args:
+        config: The configuration.
+        input_size: (C, H, W) of the images, for the name of a run without one.
+        is_main: Whether this is the first process.
+
+    Raises:
+        FileExistsError: The folder holds something that is not gone on with.
+        ValueError: `resume` does not say which folder.
+    """
+    if config.resume == 'auto' and not config.experiment:
+        raise ValueError("resume: 'auto' looks into the run's folder, so that it needs a name: add experiment=NAME.")
+    if config.resume not in ('', 'auto') and not config.experiment:
+        directory = Path(config.resume).parent
+        if Path(config.resume).name != LAST:
+            raise ValueError(
+                f"resume: '{config.resume}' is not the last checkpoint of its run, whose folder would be overwritten: "
+                'add experiment=NAME to go on from it in a new folder.'
+            )
+    else:
+        name = config.experiment or '-'.join([
+            datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(config.model), str(input_size[-1]),
+        ])
+        directory = Path(config.output or 'output/train') / name
+    problem = ''
+    if is_main and directory.exists():
+        if not directory.is_dir():
+            problem = f'{directory} is not a folder'
+        elif not any(directory.iterdir()):
+            pass
+        elif not (directory / 'args.yaml').is_file():
+            problem = f'{directory} exists, is not empty, and is not the folder of a run'
+        elif not config.resume:
+            problem = f'{directory} exists and is not empty; resume=auto goes on with a run that was stopped'
+        elif config.resume != 'auto' and not is_last_of(Path(config.resume), directory):
+            problem = f'{directory} goes on from its {LAST} alone, not from {config.resume}'
+    directory, problem = broadcast_object_list([directory, problem])
+    if problem:
+        raise FileExistsError(
+            f'{problem}. Choose another experiment=NAME, or remove the folder.')
+    return directory
