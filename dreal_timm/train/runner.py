@@ -48,6 +48,17 @@ def _tell_changes(config: SimpleNamespace, checkpoint: Mapping[str, Any], proces
         _logger.info(f'Settings that are not those of the checkpoint: {", ".join(changed)}')
 
 
+def _check_folder(config: SimpleNamespace, path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the files beside a checkpoint are not ranked as this run ranks its own."""
+    problem = ''
+    if 'history' not in checkpoint:
+        problem = 'is not of this package'
+    elif any(checkpoint['args'][key] != getattr(config, key) for key in ('eval_metric', 'val_split')):
+        problem = 'ranked its epochs otherwise (eval_metric, val_split)'
+    if problem:
+        raise ValueError(f"resume: '{path}' {problem}: add experiment=NAME and resume={path} to go on in a new folder.")
+
+
 def _distribute(config: SimpleNamespace, task: Any, device: torch.device, processes: int) -> None:
     """Compile and distribute, in timm's order: after the moving average, and DDP last."""
     if config.torchcompile:
@@ -133,8 +144,8 @@ def set_up(config: SimpleNamespace) -> Run:
     # one process decides: a machine that does not see the folder stops, in place of training from the start
     path = broadcast_object_list([resume_path(config, directory)])[0]
     checkpoint = None if path is None else load_checkpoint(path, config)
-    if checkpoint is not None and 'history' not in checkpoint and path.resolve().parent == directory.resolve():
-        raise ValueError(f"resume: '{path}' is not of this package: add experiment=NAME to go on in a new folder.")
+    if checkpoint is not None and path.resolve().parent == directory.resolve():
+        _check_folder(config, path, checkpoint)
 
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
     if config.sync_bn and processes > 1:

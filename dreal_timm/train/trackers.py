@@ -71,7 +71,7 @@ def start_trackers(
     for name in ('wandb', 'trackio'):
         init.setdefault(name, {}).setdefault('name', directory.name)
     project = next((arguments.pop('project') for arguments in init.values() if 'project' in arguments), _PROJECT)
-    if 'wandb' in kwargs or 'wandb' in map(str, accelerator.log_with):
+    if 'wandb' in map(str, accelerator.log_with):
         _keep_id(init['wandb'], directory / 'wandb_id.txt', accelerator.is_main_process)
     plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
     accelerator.init_trackers(project, config=plain, init_kwargs=init)
@@ -82,7 +82,7 @@ def track(accelerator: Accelerator, prefix: str, values: Mapping[str, float], st
 
     Args:
         accelerator: Accelerate's accelerator.
-        prefix: What the numbers are of: 'train', 'epoch' or 'validation'.
+        prefix: What the numbers are of: 'train', 'validation' or 'validation_ema'.
         values: The numbers.
         step: Number of updates so far.
     """

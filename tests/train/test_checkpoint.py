@@ -173,6 +173,7 @@ def resumed(images, stopped, tmp_path, **values):
     ({'dreal': {'critic_hidden_size': 3}}, 'does not fit the recipe: .*Critic'),
     ({'opt': 'adamw'}, 'the state of sgd, but opt is adamw; add no_resume_opt'),
     ({'num_classes': 5}, 'does not fit the recipe: .*fc.weight'),
+    ({'eval_metric': 'loss'}, 'ranked its epochs otherwise .*experiment=NAME'),
     ({'weight_decay': 0.0}, 'does not fit the recipe: .*parameter group'),
 ])
 def test_a_checkpoint_that_does_not_fit(images, stopped, tmp_path, values, message):
