@@ -1,9 +1,9 @@
-"""Attention sites: where a network computes attention maps, what it computes them from, and how to switch one off
+"""Attention sites: where a network computes attention maps
 
 A *site* is one call of a map-producing gate (A in the paper, Sec. 3.1). This file knows no critic and no reward.
 """
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,10 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from dreal_timm.readers import READERS, Reader
+from dreal_timm.overrides import module_flags
+from dreal_timm.readers import READERS
 
-__all__ = [
-    'Group',
-    'Reading',
-    'Site',
-    'attention_parameters',
-    'bypass',
-    'find_sites',
-    'group_sites',
-    'read_map',
-    'record',
-    'scratch_buffers',
-]
+__all__ = ['Group', 'Site', 'attention_parameters', 'find_sites', 'group_sites', 'on_meta']
 
 
 @dataclass(frozen=True)
@@ -53,46 +43,12 @@ class Group:
     sites: tuple[Site, ...]
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What `record` saw at a site: the state, in the map's shape, and the descriptors; no tensor has a graph."""
-    state: torch.Tensor
-    descriptors: tuple[torch.Tensor, ...]
-
-
-def _reader(model: nn.Module, site: Site) -> tuple[nn.Module, Reader]:
-    module = model.get_submodule(site.name)
-    return module, READERS[type(module)]
-
-
-@contextmanager
-def _inference_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient checkpointing, for a while; every module gets its own flags back."""
-    names = ('training', 'grad_checkpointing')
-    flags = [(m, name, m.__dict__[name]) for m in model.modules() for name in names if name in m.__dict__]
-    try:
-        for module, name, _ in flags:
-            setattr(module, name, False)
-        yield
-    finally:
-        for module, name, flag in flags:
-            setattr(module, name, flag)
-
-
-@contextmanager
-def scratch_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the modules (not their children) write to copies of their buffers, and give them the originals back.
-
-    The tensors are swapped, not written back: autograd may have saved the originals for a backward pass to come.
-    """
-    saved = [(m, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None]
-    try:
-        for module, name, buffer in saved:
-            module._buffers[name] = buffer.clone()
-        yield
-    finally:
-        for module, name, buffer in saved:
-            module._buffers[name] = buffer
+def on_meta(model: nn.Module, input_size: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Run the model once on two images on the meta device, without a copy; return its weights there, by name."""
+    tensors = {n: t.to('meta') for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    torch.func.functional_call(model, tensors, (torch.empty(2, *input_size, dtype=dtype, device='meta'),))
+    return tensors
 
 
 def _trace(model: nn.Module, input_size: Sequence[int]) -> tuple[list[tuple[str, torch.Size]], list[str]]:
@@ -107,9 +63,6 @@ def _trace(model: nn.Module, input_size: Sequence[int]) -> tuple[list[tuple[str,
     feature_info = getattr(model, 'feature_info', None) or []
     features = [info['module'] for info in feature_info if info.get('module')]
     known = dict(model.named_modules())
-    tensors = {n: t.to('meta') for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-
     def on_gate(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             calls.append((name, output.shape))
@@ -122,7 +75,7 @@ def _trace(model: nn.Module, input_size: Sequence[int]) -> tuple[list[tuple[str,
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(_inference_mode(model))
+        stack.enter_context(module_flags(model, training=False, grad_checkpointing=False))
         for name, module in known.items():
             if (reader := READERS.get(type(module))) is not None:
                 stack.callback(module.get_submodule(reader.gate).register_forward_hook(on_gate(name)).remove)
@@ -130,7 +83,7 @@ def _trace(model: nn.Module, input_size: Sequence[int]) -> tuple[list[tuple[str,
             if name in known:
                 stack.callback(known[name].register_forward_hook(on_feature(name)).remove)
         stack.enter_context(torch.no_grad())
-        torch.func.functional_call(model, tensors, (torch.empty(2, *input_size, dtype=dtype, device='meta'),))
+        on_meta(model, input_size)
     return calls, events
 
 
@@ -188,56 +141,9 @@ def group_sites(sites: Sequence[Site]) -> list[Group]:
     return groups
 
 
-@contextmanager
-def record(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Reading]]:
-    """Record state and descriptors of the sites in the forward passes inside the context.
-
-    Yields:
-        A dict from the name of a site to its `Reading`, filled as the model runs.
-    """
-    readings: dict[str, Reading] = {}
-
-    def on_input(name: str, reader: Reader) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            with torch.no_grad():
-                readings[name] = Reading(*reader.describe(module, args[0].detach()))
-        return hook
-
-    with ExitStack() as stack:
-        for site in sites:
-            module, reader = _reader(model, site)
-            stack.callback(module.register_forward_pre_hook(on_input(site.name, reader)).remove)
-        yield readings
-
-
-def read_map(model: nn.Module, site: Site, reading: Reading) -> torch.Tensor:
-    """Compute the map of a site from its reading: (B, C, 1, 1) or (B, 1, H, W).
-
-    The values are those of the recorded forward pass, the graph reaches the attention parameters and nothing upstream
-    of them. Buffers (of a batch norm in the gate) are left as they are.
-    """
-    module, reader = _reader(model, site)
-    with scratch_buffers([m for m in module.modules() if m.training]):
-        return reader.evaluate(module, *reading.descriptors)
-
-
-@contextmanager
-def bypass(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """Replace the map of each site by its own mean, per sample (A-bar in Eq. 1), in the passes inside the context."""
-
-    def flatten(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.mean(tuple(range(1, output.ndim)), keepdim=True).expand_as(output).contiguous()
-
-    with ExitStack() as stack:
-        for site in sites:
-            module, reader = _reader(model, site)
-            stack.callback(module.get_submodule(reader.gate).register_forward_hook(flatten).remove)
-        yield
-
-
 def attention_parameters(model: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Parameter]:
     """Return the attention parameters (theta in the paper) of the sites by their name in the model."""
     return {
         f'{site.name}.{name}': parameter
-        for site in sites for name, parameter in _reader(model, site)[0].named_parameters()
+        for site in sites for name, parameter in model.get_submodule(site.name).named_parameters()
     }

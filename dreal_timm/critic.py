@@ -14,7 +14,7 @@ __all__ = ['CELLS', 'Critic', 'RecurrentCritic']
 
 _logger = logging.getLogger(__name__)
 
-CELLS: dict[str, type[nn.RNNCellBase]] = {'lstm': nn.LSTMCell, 'gru': nn.GRUCell}
+CELLS: dict[str, type[nn.RNNBase]] = {'lstm': nn.LSTM, 'gru': nn.GRU}
 
 
 class RecurrentCritic(nn.Module):
@@ -56,8 +56,8 @@ class RecurrentCritic(nn.Module):
         self.size = size
         self.hidden_size = hidden_size
         positions = size[0] if len(size) == 1 else size[0] * size[1]
-        inputs = [2 * positions] + [hidden_size] * (depth - 1)
-        self.cells = nn.ModuleList(CELLS[cell](n, hidden_size, **dd) for n in inputs)
+        self.rnn = CELLS[cell](
+            input_size=2 * positions, hidden_size=hidden_size, num_layers=depth, batch_first=True, **dd)
         self.readout = nn.Identity() if hidden_size == 1 else nn.Linear(hidden_size, 1, **dd)
         self._told = False
         self.reset_parameters()
@@ -65,7 +65,7 @@ class RecurrentCritic(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
         for name, parameter in self.named_parameters():
-            if name.rpartition('.')[2].startswith('bias'):
+            if 'bias' in name:
                 nn.init.zeros_(parameter)
             else:
                 bound = parameter.shape[1] ** -0.5
@@ -96,14 +96,16 @@ class RecurrentCritic(nn.Module):
             attention: Attention maps A, of the same shape.
         """
         x = torch.cat([self._fit(state), self._fit(attention)], dim=2)
-        hidden: list = [None] * len(self.cells)
-        quality = []
-        for y in x.unbind(1):
-            for i, cell in enumerate(self.cells):
-                hidden[i] = cell(y, hidden[i])
-                y = hidden[i][0] if isinstance(hidden[i], tuple) else hidden[i]
-            quality.append(self.readout(y))
-        return torch.cat(quality, dim=1)
+        rnn = self.rnn
+        start = x.new_zeros(rnn.num_layers, len(x), rnn.hidden_size)
+        # not rnn(x): it keeps a list of its weights, past which detached ones from functional_call would have no effect
+        weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
+        options = (weights, True, rnn.num_layers, 0.0, True, False, True)
+        if isinstance(rnn, nn.LSTM):
+            hidden = torch.lstm(x, (start, start), *options)[0]
+        else:
+            hidden = torch.gru(x, start, *options)[0]
+        return self.readout(hidden).squeeze(2)
 
 
 class Critic(nn.ModuleDict):

@@ -1,205 +1,34 @@
 """Probes: what would the network have predicted with an attention map replaced by its mean? (Eq. 1, Algorithm 1 l. 8)
 
-A probe answers with the log-probability of the true class. Nothing but the map may differ from the judged pass, so a
-counterfactual pass draws the same dropout masks, normalises with the batch statistics that the judged pass had, and
-leaves no trace in the model.
+A probe answers with the log-probability of the true class, by counterfactual passes that serve only the samples whose
+reward depends on it.
 
-Shape letters: B batch, K classes, P probed sites.
+Shape letters: B batch, K classes, G groups, P probed sites.
 """
+import logging
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from timm.layers import FrozenBatchNormAct2d, SplitBatchNorm2d
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torchvision.ops.misc import FrozenBatchNorm2d
 
-from dreal_timm.attention import Group, Site, bypass, scratch_buffers
+from dreal_timm.attention import Group, Site
+from dreal_timm.passes import Entry, Judged, class_log_probability, counterfactual, log_probabilities, travel
+from dreal_timm.restart import Flow, Restart, keep_inputs, select
 
-__all__ = [
-    'PROBES',
-    'ExactProbe',
-    'Judged',
-    'Probe',
-    'check_probeable',
-    'counterfactual',
-    'log_probabilities',
-    'null_noise',
-    'record_norms',
-    'rng_state',
-]
+__all__ = ['PROBES', 'ExactProbe', 'Probe', 'SplitProbe']
 
-Stats = tuple[torch.Tensor, torch.Tensor]
+_logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What a counterfactual pass must share with the judged pass.
-
-    Attributes:
-        input: Images, (B, C, H, W).
-        norms: Mean and biased variance of each batch norm that used the batch's, by its name, one pair a call.
-        rng: State of the random number generators before the judged pass, from `rng_state`.
-    """
-    input: torch.Tensor
-    norms: Mapping[str, Sequence[Stats]]
-    rng: Mapping[str, torch.Tensor]
-
-
-def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Return log-softmax of the logits (B, K), in float32 or wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
-
-
-def check_probeable(model: nn.Module) -> None:
-    """Raise a ValueError if a layer normalises with batch statistics that a probe cannot replay."""
-    replayed = (_BatchNorm, _InstanceNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
-    for name, module in model.named_modules():
-        batch_stats = 'running_var' in module._buffers and not isinstance(module, replayed)
-        if batch_stats or isinstance(module, SplitBatchNorm2d):
-            raise ValueError(
-                f'{name} ({type(module).__name__}) normalises with batch statistics that a counterfactual pass cannot '
-                'replay. Use a torch batch norm, timm BatchNormAct2d, group norm or layer norm.'
-            )
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the state of the generators that a forward pass on the device may draw from."""
-    states = {'cpu': torch.get_rng_state()}
-    if device.type not in ('cpu', 'meta'):
-        backend = getattr(torch, device.type)
-        states[device.type] = backend.get_rng_state() if device.type == 'mps' else backend.get_rng_state(device)
-    return states
-
-
-def _set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    for name, state in states.items():
-        if name == 'cpu':
-            torch.set_rng_state(state)
-        elif name == 'mps':
-            torch.mps.set_rng_state(state)
-        else:
-            getattr(torch, name).set_rng_state(state, device)
-
-
-@contextmanager
-def _replay_rng(states: Mapping[str, torch.Tensor], device: torch.device) -> Iterator[None]:
-    now = rng_state(device)
-    try:
-        _set_rng_state(states, device)
-        yield
-    finally:
-        _set_rng_state(now, device)
-
-
-def _batch_stats(module: nn.Module, x: torch.Tensor) -> Stats:
-    """Mean and biased variance over all but the channels, those of all processes for a synchronised batch norm."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    dims = [d for d in range(x.ndim) if d != 1]
-    mean = x.mean(dims, keepdim=True)
-    variance = (x - mean).square().mean(dims)
-    mean = mean.flatten()
-    if isinstance(module, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1:
-        mean, variance = _join_stats(mean, variance, x.numel() // x.shape[1], module.process_group)
-    weight = getattr(module, 'weight', None)
-    dtype = mean.dtype if weight is None else weight.dtype
-    return mean.to(dtype), variance.to(dtype)
-
-
-def _join_stats(mean: torch.Tensor, variance: torch.Tensor, count: int, process_group: Any) -> Stats:
-    # in float64: the variance is a difference of large sums
-    wide, counts = mean.double(), torch.full_like(mean, count, dtype=torch.float64)
-    sums = torch.stack([counts, counts * wide, counts * (variance.double() + wide.square())])
-    dist.all_reduce(sums, group=process_group)
-    joint = sums[1] / sums[0]
-    return joint.to(mean.dtype), (sums[2] / sums[0] - joint.square()).clamp(min=0).to(mean.dtype)
-
-
-@contextmanager
-def record_norms(model: nn.Module) -> Iterator[dict[str, list[Stats]]]:
-    """Record, for the passes inside the context, the statistics of each batch norm that uses the batch's."""
-    stats: dict[str, list[Stats]] = {}
-
-    def on_input(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            with torch.no_grad():
-                stats.setdefault(name, []).append(_batch_stats(module, args[0]))
-        return hook
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-                stack.callback(module.register_forward_pre_hook(on_input(name)).remove)
-        yield stats
-
-
-@contextmanager
-def _replay_norms(model: nn.Module, norms: Mapping[str, Sequence[Stats]]) -> Iterator[None]:
-    """Let batch norms use recorded statistics, as in evaluation mode; flags and buffers are given back."""
-    saved = []
-
-    def on_input(pairs: Iterator[Stats]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            module._buffers['running_mean'], module._buffers['running_var'] = next(pairs)
-        return hook
-
-    try:
-        for name, pairs in norms.items():
-            module = model.get_submodule(name)
-            handle = module.register_forward_pre_hook(on_input(iter(pairs)))
-            saved.append((module, module.training, dict(module._buffers), handle))
-            module.training = False
-        yield
-    finally:
-        for module, training, buffers, handle in saved:
-            handle.remove()
-            module.training = training
-            module._buffers.update(buffers)
-
-
-@torch.no_grad()
-def counterfactual(
-        model: nn.Module,
-        judged: Judged,
-        sites: Sequence[Site],
-        dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Return the log-probabilities (B, K) of the judged pass with the maps of the sites replaced by their means.
-
-    Args:
-        model: The model itself, with no wrapper around it, in the mode of the judged pass.
-        judged: What the judged pass left.
-        sites: Sites to bypass; none makes it the null probe, which repeats the judged pass.
-        dtype: torch.float32 runs the pass in float32 with autocast off. None keeps the autocast around the call.
-    """
-    device = judged.input.device
-    other = [m for name, m in model.named_modules() if m.training and name not in judged.norms]
-    with ExitStack() as stack:
-        stack.enter_context(_replay_rng(judged.rng, device))
-        stack.enter_context(scratch_buffers(other))
-        stack.enter_context(_replay_norms(model, judged.norms))
-        stack.enter_context(bypass(model, sites))
-        stack.enter_context(nullcontext() if dtype is None else torch.autocast(device.type, enabled=False))
-        return log_probabilities(model(judged.input if dtype is None else judged.input.to(dtype)))
-
-
-def null_noise(model: nn.Module, judged: Judged, log_probs: torch.Tensor, target: torch.Tensor) -> float:
-    """Return the rms over the batch of what a pass that bypasses nothing changes in log p of the true class.
-
-    Args:
-        model: The model itself, with no wrapper around it.
-        judged: What the judged pass left.
-        log_probs: Its log-probabilities, (B, K).
-        target: Class indices, (B,).
-    """
-    difference = counterfactual(model, judged, []) - log_probs
-    return difference.gather(1, target[:, None]).square().mean().sqrt().item()
+def _nested(restarts: Sequence[Restart]) -> bool:
+    """Whether one pass enters a module that another is in the middle of."""
+    joins = {restart.join for restart in restarts}
+    return any(a.startswith(f'{b}.') for a in joins for b in joins)
 
 
 class Probe(ABC):
@@ -207,28 +36,80 @@ class Probe(ABC):
 
     Args:
         groups: Groups of attention sites.
-        dtype: Precision of the counterfactual passes, see `counterfactual`.
+        flow: Where passes can begin, from `trace_flow`.
+        dtype: torch.float32 measures in float32, reference included, with autocast off. None keeps the autocast.
+        seed: Seed of what the probe itself draws.
     """
 
-    def __init__(self, groups: Sequence[Group], dtype: torch.dtype | None = None):
+    def __init__(self, groups: Sequence[Group], flow: Flow, dtype: torch.dtype | None = None, seed: int = 0):
         self.groups = list(groups)
+        self.flow = flow
         self.dtype = dtype
+        self.seed = seed
+        self._told = False
 
-    @abstractmethod
-    def sites(self, drawn: Sequence[int]) -> list[tuple[int, Site]]:
-        """Return (index of its group, site) for each column of the answer.
+    def sites(self, drawn: Sequence[int]) -> list[Site]:
+        """Return the drawn site of each group, one a column of the answer.
 
         Args:
             drawn: Index, in its group, of the site that was drawn, for each group.
         """
+        return [group.sites[index] for group, index in zip(self.groups, drawn, strict=True)]
 
-    def reference(self, model: nn.Module, judged: Judged, log_probs: torch.Tensor) -> torch.Tensor:
-        """Return the log-probabilities (B, K) that rewards are measured against.
+    def kept(self, sites: Sequence[Site], every: bool = False) -> list[str]:
+        """Return the names of the modules whose inputs the judged pass must keep to probe these sites.
 
-        They are those of the judged pass, or of a null probe where counterfactual passes run in a precision of
-        their own.
+        Args:
+            sites: Sites that were drawn.
+            every: Keep the inputs of the blocks of all sites, whichever are drawn, and nothing from inside of a block:
+                a compiled pass would be compiled anew for others, and keeps these for its backward pass anyway.
         """
-        return log_probs if self.dtype is None else counterfactual(model, judged, [], self.dtype)
+        if self.dtype is not None:
+            return []
+        if every:
+            return sorted({restart.join for restart in self.flow.restarts.values() if restart is not None})
+        return sorted({name for site in sites for name in self._inputs(site)})
+
+    def _inputs(self, site: Site) -> tuple[str, ...]:
+        restart = self.flow.restarts[site.name]
+        return () if restart is None else restart.inputs
+
+    def restart(self, judged: Judged, site: Site) -> Restart | None:
+        """Return how passes begin at a site, or as near to it as inputs were kept; None: with the images."""
+        restart = self.flow.restarts[site.name]
+        if restart is None or judged.whole or restart.join not in judged.kept:
+            return None
+        return restart if all(name in judged.kept for name in restart.inputs) else restart.within()
+
+    def reference(self, model: nn.Module, judged: Judged, sites: Sequence[Site]) -> tuple[torch.Tensor, Judged]:
+        """Repeat the judged pass in the probe's own precision, inside of `precision`.
+
+        Returns:
+            Log-probabilities (B, K), and what counterfactual passes in that precision begin from.
+        """
+        judged = replace(judged, input=judged.input.to(self.dtype))
+        names = {name for site in sites for name in self._inputs(site)}
+        with keep_inputs(model, sorted(names)) as kept:
+            logits = counterfactual(model, judged, [])
+        return log_probabilities(logits), replace(judged, kept=kept)
+
+    def precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return the context that the probe runs in."""
+        return nullcontext() if self.dtype is None else torch.autocast(device.type, enabled=False)
+
+    def _tell(self, judged: Judged, sites: Sequence[Site]) -> None:
+        """Say once that passes cannot begin at the sites."""
+        if self._told:
+            return
+        self._told = True
+        stuck = [site.name for site in sites if self.restart(judged, site) is None]
+        if judged.whole:
+            reason = 'random numbers were drawn that cannot be drawn again for a part of the batch or of the network'
+        elif stuck:
+            reason = f'what follows {stuck[0]} needs more than a block computed before it'
+        else:
+            reason = 'the blocks of the probed sites lie in one another'
+        _logger.info(f'Probe: counterfactual passes run through the whole network, since {reason}.')
 
     @abstractmethod
     def __call__(
@@ -236,33 +117,112 @@ class Probe(ABC):
             model: nn.Module,
             judged: Judged,
             target: torch.Tensor,
+            right: torch.Tensor,
             sites: Sequence[Site],
+            step: int,
     ) -> torch.Tensor:
         """Return the log-probability of each sample's class with one map bypassed, (B, P), NaN where not probed.
+
+        The entries of samples that are not right are meaningless: their reward does not depend on it.
 
         Args:
             model: The model itself, with no wrapper around it.
             judged: What the judged pass left.
             target: Class indices, (B,).
+            right: Samples whose class wins or ties, (B,) bool.
             sites: Sites to probe, one a column.
+            step: Number of the step.
         """
 
 
 class ExactProbe(Probe):
-    """One counterfactual pass over the whole batch for the drawn site of each group."""
+    """One counterfactual pass for the drawn site of each group."""
 
-    def sites(self, drawn: Sequence[int]) -> list[tuple[int, Site]]:
-        return [(i, group.sites[index]) for i, (group, index) in enumerate(zip(self.groups, drawn, strict=True))]
+    def _rows(self, right: torch.Tensor) -> torch.Tensor | None:
+        """Samples to send through the network; None are all of them.
+
+        On an accelerator their number is a multiple of an eighth of the batch, so that kernels see few shapes; this
+        is the one place of a step that waits for the device.
+        """
+        batch, count = len(right), int(right.sum())
+        if right.device.type != 'cpu':
+            eighth = max(batch // 8, 1)
+            count = -(-count // eighth) * eighth
+        return None if count >= batch else right.to(torch.int8).argsort(descending=True, stable=True)[:count]
 
     def __call__(
             self,
             model: nn.Module,
             judged: Judged,
             target: torch.Tensor,
+            right: torch.Tensor,
             sites: Sequence[Site],
+            step: int,
     ) -> torch.Tensor:
-        columns = [counterfactual(model, judged, [site], self.dtype).gather(1, target[:, None]) for site in sites]
-        return torch.cat(columns, dim=1)
+        rows = None if judged.whole else self._rows(right)
+        if rows is not None and not len(rows):
+            return torch.zeros(len(target), len(sites), device=target.device)
+        columns = []
+        for site in sites:
+            restart = self.restart(judged, site)
+            if restart is None:
+                self._tell(judged, sites)
+                logits = counterfactual(model, judged, [site], rows=rows)
+            else:
+                logits = travel(model, judged, [Entry(restart, rows)])
+            log_p = class_log_probability(logits, select(target, rows))
+            columns.append(log_p if rows is None else log_p.new_zeros(len(target)).index_copy(0, rows, log_p))
+        return torch.stack(columns, dim=1)
 
 
-PROBES: dict[str, type[Probe]] = {'exact': ExactProbe}
+class SplitProbe(Probe):
+    """Each sample answers for one group, drawn anew every step; all samples travel as one growing batch.
+
+    Every sample is as likely to answer for one group as for another, and its answer is the exact one.
+    """
+
+    def assignment(self, batch: int, step: int) -> torch.Tensor:
+        """Return the index of the group that each sample answers for, (B,), on the CPU.
+
+        Groups get equally many samples, give or take one.
+        """
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        order = torch.randperm(batch, generator=generator)
+        groups = len(self.groups)
+        return (order + torch.randint(groups, (), generator=generator)) % groups
+
+    def __call__(
+            self,
+            model: nn.Module,
+            judged: Judged,
+            target: torch.Tensor,
+            right: torch.Tensor,
+            sites: Sequence[Site],
+            step: int,
+    ) -> torch.Tensor:
+        device = target.device
+        group = self.assignment(len(target), step)
+        # the number of samples that travel is known without a look at the device, except on the CPU
+        asked = right if device.type == 'cpu' else torch.ones_like(group, dtype=torch.bool)
+        depth = {name: index for index, name in enumerate(self.flow.restarts)}
+        columns = sorted(range(len(sites)), key=lambda column: depth[sites[column].name])
+        rows = {column: (asked & (group == column)).nonzero().squeeze(1).to(device) for column in columns}
+        columns = [column for column in columns if len(rows[column])]
+        restarts = [self.restart(judged, sites[column]) for column in columns]
+        found = [restart for restart in restarts if restart is not None]
+        on_device = group.to(device)
+        answer = torch.zeros(len(target), device=device)
+        if columns and (len(found) < len(restarts) or _nested(found)):
+            self._tell(judged, sites)
+            logits = counterfactual(model, judged, sites, [on_device == column for column in range(len(sites))])
+            answer = class_log_probability(logits, target)
+        elif columns:
+            entries = [Entry(restart, rows[column]) for restart, column in zip(found, columns, strict=True)]
+            travelled = torch.cat([rows[column] for column in columns])
+            log_p = class_log_probability(travel(model, judged, entries), target[travelled])
+            answer = log_p.new_zeros(len(target)).index_copy(0, travelled, log_p)
+        own = torch.arange(len(sites), device=device) == on_device[:, None]
+        return answer[:, None].where(own, torch.full((), math.nan, device=device, dtype=answer.dtype))
+
+
+PROBES: dict[str, type[Probe]] = {'exact': ExactProbe, 'split': SplitProbe}

@@ -25,16 +25,15 @@ def is_correct(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return for each sample whether its class wins or ties (p_c >= p_i for all i, the first case of Eq. 1), (B,).
 
     Args:
-        log_probs: Log-probabilities of the judged pass, (B, K).
+        log_probs: Log-probabilities or logits of the judged pass, (B, K).
         target: Class indices, (B,).
     """
     return log_probs.gather(1, target[:, None]).squeeze(1) >= log_probs.amax(dim=1)
 
 
 def reward(
-        log_probs: torch.Tensor,
-        bypassed: torch.Tensor,
-        target: torch.Tensor,
+        change: torch.Tensor,
+        right: torch.Tensor,
         gamma: float = 1.0,
         clip: float | None = 1.0,
 ) -> torch.Tensor:
@@ -43,16 +42,14 @@ def reward(
     R = 1 - p_c(bypassed) / p_c for a sample whose class wins or ties, -gamma for any other (Eq. 1).
 
     Args:
-        log_probs: Log-probabilities of the judged pass, (B, K).
-        bypassed: Log-probability of class c with the map of a probed site replaced by its mean, (B, P). A NaN (not
-            probed) stays NaN.
-        target: Class indices c, (B,).
+        change: log p_c(bypassed) - log p_c, of class c with the map of a probed site replaced by its mean and as it is,
+            (B, P). A NaN (not probed) stays NaN.
+        right: Whether the class wins or ties, from `is_correct`, (B,).
         gamma: Penalty of a sample that is not classified as its class.
         clip: R is clamped to [-clip, clip], since the critic's output lies in (-1, 1); None is the literal equation.
     """
-    judged = log_probs.gather(1, target[:, None])
-    gain = -torch.expm1(bypassed - judged)
+    gain = -torch.expm1(change)
     if clip is not None:
         gain = gain.clamp(-clip, clip)
-    penalty = torch.full_like(gain, -gamma).where(~bypassed.isnan(), bypassed)
-    return gain.where(is_correct(log_probs, target)[:, None], penalty).float()
+    penalty = torch.full_like(gain, -gamma).where(~change.isnan(), change)
+    return gain.where(right[:, None], penalty).float()

@@ -22,17 +22,21 @@ class Rotation:
         groups: (stage, number of sites) of each group.
         seed: Seed of the draw.
         rotate: 'epoch', 'step', or a number of steps.
+        every: Sites are judged in every so many steps: 'step' draws anew for each of those.
 
     Raises:
-        ValueError: `rotate` is none of these.
+        ValueError: `rotate` is none of these, or `every` is no whole number above 0.
     """
 
-    def __init__(self, groups: Sequence[tuple[str, int]], seed: int = 0, rotate: str | int = 'epoch'):
+    def __init__(self, groups: Sequence[tuple[str, int]], seed: int = 0, rotate: str | int = 'epoch', every: int = 1):
         whole = isinstance(rotate, int) and not isinstance(rotate, bool) and rotate >= 1
         if not whole and rotate not in ('epoch', 'step'):
             raise ValueError(f"rotate must be 'epoch', 'step' or a number of steps (1 or more), got {rotate!r}.")
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f'probe_every must be a number of steps, 1 or more, got {every!r}.')
         self.groups = list(groups)
         self.seed = seed
+        self.every = every
         self.rotate = rotate
         self.epoch = 0
         self.step = 0
@@ -40,7 +44,9 @@ class Rotation:
 
     def draw(self) -> list[int]:
         """Return the index, in its group, of the site that is judged now, for each group."""
-        turn = self.epoch if self.rotate == 'epoch' else self.step // (1 if self.rotate == 'step' else int(self.rotate))
+        turn = self.epoch
+        if self.rotate != 'epoch':
+            turn = self.step // (self.every if self.rotate == 'step' else int(self.rotate))
         drawn = []
         for stage, length in self.groups:
             cycle, position = divmod(turn, length)
@@ -48,6 +54,11 @@ class Rotation:
             random.Random(f'{self.seed}/{stage}/{cycle}').shuffle(order)
             drawn.append(order[position])
         return drawn
+
+    @property
+    def due(self) -> bool:
+        """Whether sites are judged in this step."""
+        return self.step % self.every == 0
 
     def advance(self) -> None:
         """Count one step."""

@@ -8,18 +8,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from timm.models import get_model_input_config
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dreal_timm.attention import Group, attention_parameters, find_sites, group_sites
+from dreal_timm.attention import Group, Site, attention_parameters, find_sites, group_sites
 from dreal_timm.critic import Critic
 from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
-from dreal_timm.probe import PROBES, Judged, check_probeable, log_probabilities, null_noise, rng_state
+from dreal_timm.measure import Measure, PassMeasure
+from dreal_timm.norms import check_probeable
+from dreal_timm.probe import PROBES
 from dreal_timm.readers import READERS
-from dreal_timm.reward import is_correct, reward, target_class
+from dreal_timm.restart import trace_flow
 from dreal_timm.rotation import Rotation
+from dreal_timm.taylor import TaylorMeasure
 from dreal_timm.trainable import DrealTrainableModule
 
 __all__ = ['DrealTask']
@@ -34,13 +38,18 @@ def _check_options(
         probe: str,
         reward_clip: float | None,
         probe_dtype: str | torch.dtype | None,
+        taylor_target: str | None,
 ) -> None:
     if not 0 < gamma <= (math.inf if reward_clip is None else reward_clip):
         raise ValueError(f'gamma must lie in (0, reward_clip], got gamma={gamma} and reward_clip={reward_clip}.')
     if not 0 <= actor_weight < math.inf:
         raise ValueError(f'actor_weight must be 0 or more, got {actor_weight}.')
-    if probe not in PROBES:
-        raise ValueError(f"Unknown probe '{probe}', expected one of {sorted(PROBES)}.")
+    if probe not in (*PROBES, 'taylor'):
+        raise ValueError(f"Unknown probe '{probe}', expected one of {sorted([*PROBES, 'taylor'])}.")
+    if probe == 'taylor' and probe_dtype is not None:
+        raise ValueError("probe_dtype is for counterfactual passes; probe='taylor' makes none.")
+    if probe != 'taylor' and taylor_target is not None:
+        raise ValueError(f"taylor_target is for probe='taylor', not for probe='{probe}'.")
     if probe_dtype not in (None, 'float32', torch.float32):
         raise ValueError(f"probe_dtype must be None or 'float32', got {probe_dtype!r}.")
     if probe_dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
@@ -74,7 +83,13 @@ class DrealTask(ClassificationTask):
         verbose: Enable info logging.
         gamma: Penalty of a wrongly classified sample (Eq. 1).
         actor_weight: Weight of L_q. With 0 the model learns exactly as it does without a critic.
-        probe: How rewards are measured: 'exact', a full counterfactual pass for each group.
+        probe: How rewards are measured: 'exact', a counterfactual pass for each group; 'split', in which each sample
+            answers for one group; 'taylor', to first order from the gradient that the backward pass computes anyway,
+            for all sites, of which the critic learns in the next step.
+        probe_every: Rewards are measured in every so many steps; in those between the critic's judgement alone goes on
+            to teach.
+        taylor_target: 'loss' lets 'taylor' measure by each sample's own class loss l, R = 1 - exp(-(l' - l)), which
+            losses other than plain cross-entropy need.
         rotate: When another site of each group is probed: 'epoch' (Sec. 4.1), 'step', or a number of steps. An epoch
             begins at `train()` of the trainable module after at least one step, or at `set_epoch()`.
         reward_clip: Rewards are clamped to [-reward_clip, reward_clip]; None is the literal Eq. 1.
@@ -114,6 +129,8 @@ class DrealTask(ClassificationTask):
             gamma: float = 1.0,
             actor_weight: float = 1.0,
             probe: str = 'exact',
+            probe_every: int = 1,
+            taylor_target: str | None = None,
             rotate: str | int = 'epoch',
             reward_clip: float | None = 1.0,
             probe_dtype: str | torch.dtype | None = None,
@@ -124,8 +141,9 @@ class DrealTask(ClassificationTask):
             critic_depth: int = 1,
     ):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        _check_options(model, gamma, actor_weight, probe, reward_clip, probe_dtype)
-        groups = group_sites(find_sites(model, input_size))
+        _check_options(model, gamma, actor_weight, probe, reward_clip, probe_dtype, taylor_target)
+        sites = find_sites(model, input_size)
+        groups = group_sites(sites)
         if not groups:
             raise ValueError(
                 f'{type(model).__name__} has no attention site, so there is nothing to reinforce. '
@@ -133,10 +151,17 @@ class DrealTask(ClassificationTask):
                 "timm.list_models('dreal_*') lists networks that have them, dreal_timm.find_sites(model) tells of any "
                 'network, and dreal_timm.register_attention() adds a class of modules.'
             )
-        self.gamma = gamma
         self.actor_weight = actor_weight
-        self.reward_clip = reward_clip
-        self.probe = PROBES[probe](groups, dtype=None if probe_dtype is None else torch.float32)
+        if input_size is None:
+            input_size = get_model_input_config(model)['input_size']
+        rule: dict[str, Any] = dict(
+            gamma=gamma, clip=reward_clip, ignored=getattr(self.criterion, 'ignore_index', None))
+        self.measure: Measure
+        if probe == 'taylor':
+            self.measure = TaylorMeasure(groups, self.criterion, taylor_target, **rule)
+        else:
+            dtype = None if probe_dtype is None else torch.float32
+            self.measure = PassMeasure(PROBES[probe](groups, trace_flow(model, sites, input_size), dtype, seed), **rule)
         critic = Critic(
             {group.name: group.size for group in groups},
             seed=seed,
@@ -145,14 +170,19 @@ class DrealTask(ClassificationTask):
             depth=critic_depth,
             device=next(model.parameters()).device,
         )
-        rotation = Rotation([(group.stage, len(group.sites)) for group in groups], seed, rotate)
+        rotation = Rotation([(group.stage, len(group.sites)) for group in groups], seed, rotate, probe_every)
         self.trainable_module: nn.Module = DrealTrainableModule(model, critic, groups, rotation)
+        # column of each site in what the critics return, and index of its group
+        self._columns = {
+            site.name: (column, groups.index(group))
+            for column, (group, site) in enumerate((group, site) for group in groups for site in group.sites)
+        }
         self._check_trainable()
-        self._noise_logged = False
         if verbose:
+            measured = f'{probe}, by the loss' if taylor_target == 'loss' else probe
             _logger.info(
-                f'DrealTask: {sum(len(group.sites) for group in groups)} attention sites in {len(groups)} groups, '
-                f'{sum(p.numel() for p in critic.parameters())} critic parameters, probe={probe}, rotate={rotate}'
+                f'DrealTask: {len(sites)} attention sites in {len(groups)} groups, '
+                f'{sum(p.numel() for p in critic.parameters())} critic parameters, probe={measured}, rotate={rotate}'
             )
 
     @property
@@ -164,9 +194,12 @@ class DrealTask(ClassificationTask):
         """Groups of attention sites, one critic each."""
         return self._trainable.groups
 
+    @property
+    def _sites(self) -> list[Site]:
+        return [site for group in self.groups for site in group.sites]
+
     def _check_trainable(self) -> None:
-        sites = [site for group in self.groups for site in group.sites]
-        if not any(p.requires_grad for p in attention_parameters(self._trainable.model, sites).values()):
+        if not any(p.requires_grad for p in attention_parameters(self._trainable.model, self._sites).values()):
             raise ValueError('All attention parameters are frozen (requires_grad=False): L_q has nothing to train.')
 
     def set_epoch(self, epoch: int) -> None:
@@ -188,83 +221,54 @@ class DrealTask(ClassificationTask):
                 - 'class_loss', 'actor_loss' (not weighted), 'critic_loss'
                 - 'probed': Names of the P sites that were probed
                 - 'reward', 'quality': (B, P) float32, NaN where a sample was not probed
+                - 'right': Samples whose class wins or ties, (B,) bool
+            With probe='taylor' the last four are those of the batch before.
+
+        Raises:
+            ValueError: Soft targets, with probe='taylor' that measures log-probabilities.
         """
         trainable = self._trainable
         if not (trainable.training and torch.is_grad_enabled()):
             return self._evaluate(input, target)
-
-        rng = rng_state(input.device)
-        output, actor_quality, critic_quality, norms = self.trainable_module(input)
-        if not actor_quality.requires_grad:
+        if trainable.rotation.steps_in_epoch == 0:
+            self.measure.forget()  # a run that is resumed here would have nothing either
+        judged, measured = self.measure(self.trainable_module, trainable, input, target)
+        class_loss = self.criterion(judged['output'], target)
+        if not judged['actor_quality'].requires_grad:
             self._check_trainable()
-        class_loss = self.criterion(output, target)
-
-        judged = Judged(input, norms, rng)
-        probed = self.probe.sites(trainable.rotation.draw())
-        rewards = self._rewards(judged, output.detach(), target, [site for _, site in probed])
+        columns = [self._columns[site.name] for site in measured.sites]
         with torch.autocast(input.device.type, enabled=False):
-            quality = torch.stack([critic_quality[:, self._column(site.name)] for _, site in probed], dim=1)
-            l_q = actor_loss(actor_quality).mean()
-            l_r = reduce_critic_loss(critic_loss(quality, rewards), [group for group, _ in probed])
+            quality = judged['critic_quality'][:, [column for column, _ in columns]]
+            l_q = actor_loss(judged['actor_quality']).mean()
+            l_r = reduce_critic_loss(critic_loss(quality, measured.reward), [group for _, group in columns])
             # 0 times the sum: every critic parameter has a gradient in every step, as DDP needs
-            loss = class_loss + l_r + 0 * critic_quality.sum()
+            loss = class_loss + l_r + 0 * judged['critic_quality'].sum()
             if self.actor_weight:
                 loss = loss + self.actor_weight * l_q
+        self.measure.watch(loss)
         trainable.rotation.advance()
         return {
             'loss': loss,
-            'output': output,
+            'output': judged['output'],
             'class_loss': class_loss.detach(),
             'actor_loss': l_q.detach(),
             'critic_loss': l_r.detach(),
-            'probed': [site.name for _, site in probed],
-            'reward': rewards,
-            'quality': quality.detach().where(~rewards.isnan(), torch.full_like(rewards, math.nan)),
+            'probed': [site.name for site in measured.sites],
+            'reward': measured.reward,
+            'quality': quality.detach().masked_fill(measured.reward.isnan(), math.nan),
+            'right': measured.right,
         }
 
     def _evaluate(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Class loss alone; with gradients through DDP's wrapper, which must see its parameters."""
         if torch.is_grad_enabled() and isinstance(self.trainable_module, DistributedDataParallel):
-            output, actor_quality, critic_quality, _ = self.trainable_module(input)
-            loss = self.criterion(output, target) + 0 * (actor_quality.sum() + critic_quality.sum())
-            return {'loss': loss, 'output': output}
+            judged = self.trainable_module(input)
+            nothing = 0 * (judged['actor_quality'].sum() + judged['critic_quality'].sum())
+            return {'loss': self.criterion(judged['output'], target) + nothing, 'output': judged['output']}
         model = self.get_eval_model()
         assert model is not None
         output = model(input)
         return {'loss': self.criterion(output, target), 'output': output}
-
-    def _column(self, name: str) -> int:
-        return [site.name for group in self.groups for site in group.sites].index(name)
-
-    @torch.no_grad()
-    def _rewards(
-            self,
-            judged: Judged,
-            output: torch.Tensor,
-            target: torch.Tensor,
-            sites: Sequence[Any],
-    ) -> torch.Tensor:
-        """Reward of each sample and site, (B, P)."""
-        model = self._trainable.model
-        target = target_class(target)
-        known = (target >= 0) & (target < output.shape[1])  # a criterion may ignore labels such as -100
-        target = target.where(known, torch.zeros_like(target))
-        log_probs = log_probabilities(output)
-        reference = self.probe.reference(model, judged, log_probs)
-        bypassed = self.probe(model, judged, target, sites)
-        rewards = reward(reference, bypassed, target, gamma=self.gamma, clip=self.reward_clip)
-        if not self._noise_logged and output.dtype in (torch.float16, torch.bfloat16):
-            self._noise_logged = True
-            if self.probe.dtype is None:
-                noise = null_noise(model, judged, log_probs, target)
-                right = rewards[known & is_correct(log_probs, target)]
-                spread = right.std().item() if right.numel() > 1 else math.nan
-                _logger.info(
-                    f'Low precision: a pass that changes nothing moves log p by {noise:.2g} (rms); the rewards of '
-                    f'correctly classified samples have a standard deviation of {spread:.2g}. '
-                    "probe_dtype='float32' removes the noise."
-                )
-        return rewards.where(known[:, None], torch.full_like(rewards, math.nan))
 
     def compile(
             self,
@@ -285,6 +289,7 @@ class DrealTask(ClassificationTask):
             options = torch._inductor.list_mode_options(mode) if mode is not None else {}
             options = {**options, **compile_kwargs.pop('options', {}), 'fallback_random': True}
             compile_kwargs, mode = {**compile_kwargs, 'options': options}, None
+        self.measure.compiled = True
         self.trainable_module = cast(
             nn.Module, torch.compile(trainable, backend=backend, mode=mode, **compile_kwargs))
         return self.eval_model

@@ -2,7 +2,8 @@
 
 Shape letters: B batch, K classes, L sites of all groups.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import nn
 
-from dreal_timm.attention import Group, Reading, read_map, record
+from dreal_timm.attention import Group
+from dreal_timm.capture import Reading, read_map, record, tap
 from dreal_timm.critic import Critic
-from dreal_timm.probe import record_norms
+from dreal_timm.norms import record_norms
+from dreal_timm.restart import keep_inputs
 from dreal_timm.rotation import Rotation
 
 __all__ = ['DrealTrainableModule']
@@ -54,36 +57,60 @@ class DrealTrainableModule(nn.Module):
         last = max(layers.values(), default=0)
         return lambda name: layers.get(name.removeprefix('model.'), last) if name.startswith('model.') else last
 
-    def _judge(self, readings: dict[str, Reading]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quality of the maps as the actor sees it (critic detached) and as the critic does (maps detached)."""
+    def _read(self, readings: dict[str, Reading]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """States and maps of each group, (B, L, *size), float32; the maps have a graph to their parameters."""
         states, maps = {}, {}
         for group in self.groups:
-            shape = (-1, 1, *(group.size if group.kind == 'channel' else readings[group.sites[0].name].state.shape[2:]))
-            states[group.name] = torch.cat(
-                [readings[site.name].state.reshape(shape).float() for site in group.sites], dim=1)
-            maps[group.name] = torch.cat(
-                [read_map(self.model, site, readings[site.name]).reshape(shape).float() for site in group.sites], dim=1)
-        with torch.autocast(self._device_type(), enabled=False):
-            frozen = {name: parameter.detach() for name, parameter in self.critic.named_parameters()}
-            actor = torch.func.functional_call(self.critic, frozen, (states, maps))
-            critic = self.critic(states, {name: attention.detach() for name, attention in maps.items()})
-        return actor, critic
+            read = [readings[site.name] for site in group.sites]
+            shape = (-1, 1, *(group.size if group.kind == 'channel' else read[0].state.shape[2:]))
+            states[group.name] = torch.cat([reading.state.reshape(shape).float() for reading in read], dim=1)
+            maps[group.name] = torch.cat([
+                read_map(self.model, site, reading).reshape(shape).float()
+                for site, reading in zip(group.sites, read, strict=True)
+            ], dim=1)
+        return states, maps
 
-    def _device_type(self) -> str:
-        return next(self.model.parameters()).device.type
-
-    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+    def forward(
+            self,
+            input: torch.Tensor,
+            probed: bool = False,
+            kept: Sequence[str] = (),
+            taps: Mapping[str, torch.Tensor] | None = None,
+            pending: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
+    ) -> dict[str, Any]:
         """Run the judged pass and judge its maps.
 
         Args:
             input: Images, (B, C, H, W).
+            probed: Whether counterfactual passes will follow, which need statistics of batch norms.
+            kept: Names of the modules whose inputs they need.
+            taps: Tensors to add to the maps of each group, (B, L, *size).
+            pending: States and maps of another batch, for the critic to judge in the place of this one's.
 
         Returns:
-            Logits (B, K); quality of all maps (B, L) with a graph to the attention parameters alone; the same
-            numbers with a graph to the critic alone; and the statistics of the batch norms.
+            Dictionary containing:
+                - 'output': Logits, (B, K)
+                - 'actor_quality': Quality of all maps, (B, L), with a graph to the attention parameters alone
+                - 'critic_quality': Quality, (B, L), with a graph to the critic alone: the same, or of `pending`
+                - 'states', 'maps': Of each group, (B, L, *size), float32, without a graph
+                - 'norms', 'kept': What counterfactual passes need
         """
         sites = [site for group in self.groups for site in group.sites]
-        with record(self.model, sites) as readings, record_norms(self.model) as norms:
+        with ExitStack() as stack:
+            readings = stack.enter_context(record(self.model, sites))
+            norms = stack.enter_context(record_norms(self.model)) if probed else {}
+            inputs = stack.enter_context(keep_inputs(self.model, kept))
+            if taps is not None:
+                unbound = [one for group in self.groups for one in taps[group.name].unbind(1)]
+                stack.enter_context(tap(self.model, sites, unbound))
             output = self.model(input)
-        actor, critic = self._judge(readings)
-        return output, actor, critic, norms
+        states, maps = self._read(readings)
+        fixed = {name: attention.detach() for name, attention in maps.items()}
+        with torch.autocast(input.device.type, enabled=False):
+            frozen = {name: parameter.detach() for name, parameter in self.critic.named_parameters()}
+            actor = torch.func.functional_call(self.critic, frozen, (states, maps))
+            critic = self.critic(*((states, fixed) if pending is None else pending))
+        return {
+            'output': output, 'actor_quality': actor, 'critic_quality': critic,
+            'states': states, 'maps': fixed, 'norms': norms, 'kept': inputs,
+        }

@@ -102,12 +102,12 @@ def slow_rewards(
     return torch.tensor(columns, dtype=torch.float64).T
 
 
-def lstm_by_hand(cell: nn.LSTMCell, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def lstm_by_hand(cell: nn.LSTM, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Quality of each map of a group, Eq. 2 and 3, from the textbook equations of an LSTM with one unit."""
     h = c = torch.zeros(len(inputs[0]), 1)
     quality = []
     for x in inputs:
-        gates = x @ cell.weight_ih.T + cell.bias_ih + h @ cell.weight_hh.T + cell.bias_hh
+        gates = x @ cell.weight_ih_l0.T + cell.bias_ih_l0 + h @ cell.weight_hh_l0.T + cell.bias_hh_l0
         i, f, g, o = gates.unbind(1)
         c = torch.sigmoid(f)[:, None] * c + torch.sigmoid(i)[:, None] * torch.tanh(g)[:, None]
         h = torch.sigmoid(o)[:, None] * torch.tanh(c)
@@ -115,12 +115,12 @@ def lstm_by_hand(cell: nn.LSTMCell, inputs: list[torch.Tensor]) -> list[torch.Te
     return quality
 
 
-def gru_by_hand(cell: nn.GRUCell, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Hidden states of a GRU cell, sample by sample, in Python numbers."""
-    hidden = cell.hidden_size
+def gru_by_hand(gru: nn.GRU, layer: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Hidden states of one layer of a GRU, sample by sample, in Python numbers."""
+    hidden = gru.hidden_size
     states = [[0.0] * hidden for _ in inputs[0]]
-    w_ih, w_hh = cell.weight_ih.tolist(), cell.weight_hh.tolist()
-    b_ih, b_hh = cell.bias_ih.tolist(), cell.bias_hh.tolist()
+    w_ih, w_hh, b_ih, b_hh = (
+        getattr(gru, f'{name}_l{layer}').tolist() for name in ('weight_ih', 'weight_hh', 'bias_ih', 'bias_hh'))
 
     def dot(weights, values):
         return sum(w * v for w, v in zip(weights, values, strict=True))

@@ -9,21 +9,35 @@ import pytest
 import dreal_timm
 
 ROOT = Path(dreal_timm.__file__).parent
-CORE = {'readers', 'attention', 'critic', 'reward', 'rotation', 'probe', 'losses', 'trainable', 'task'}
+CORE = {
+    'readers', 'overrides', 'attention', 'capture', 'critic', 'draws', 'losses', 'measure', 'norms', 'passes', 'probe',
+    'restart', 'reward', 'rotation', 'task', 'taylor', 'trainable',
+}
 ALLOWED = {
     'version': set(),
     'errors': set(),
     'layers': set(),
     'models': {'layers'},
     'readers': {'layers'},
-    'attention': {'readers'},
+    'overrides': set(),
     'critic': set(),
     'reward': set(),
     'rotation': set(),
     'losses': set(),
-    'probe': {'attention', 'reward'},
-    'trainable': {'attention', 'critic', 'probe', 'rotation'},
-    'task': {'readers', 'attention', 'critic', 'probe', 'reward', 'rotation', 'losses', 'trainable'},
+    'norms': set(),
+    'attention': {'readers', 'overrides'},
+    'capture': {'readers', 'overrides', 'attention'},
+    'draws': {'overrides'},
+    'restart': {'overrides', 'attention', 'capture', 'draws'},
+    'passes': {'overrides', 'attention', 'capture', 'draws', 'norms', 'restart'},
+    'probe': {'attention', 'passes', 'restart'},
+    'trainable': {'attention', 'capture', 'critic', 'norms', 'restart', 'rotation'},
+    'measure': {'attention', 'draws', 'passes', 'probe', 'reward', 'trainable'},
+    'taylor': {'attention', 'measure', 'passes', 'reward', 'trainable'},
+    'task': {
+        'readers', 'attention', 'critic', 'losses', 'measure', 'norms', 'probe', 'restart', 'rotation', 'taylor',
+        'trainable',
+    },
     'data': set(),
     'hub': CORE | {'layers', 'models', 'data'},
     'train': CORE | {'layers', 'models', 'data', 'hub', 'version', 'errors'},
@@ -34,7 +48,7 @@ PACKAGES = {  # beside the standard library, torch and timm
     'train': {'accelerate', 'tqdm', 'yaml'},
     'data': {'numpy', 'PIL', 'sklearn', 'torchvision'},
     'hub': {'safetensors'},
-    'probe': {'torchvision'},
+    'norms': {'torchvision'},
     'errors': {'safetensors'},
 }
 

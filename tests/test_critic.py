@@ -16,7 +16,7 @@ def test_lstm_equals_the_equations():
     """Q is the hidden state of an LSTM with one unit that starts at zero (Eq. 2 and 3)."""
     critic = RecurrentCritic((6,))
     state, attention = make_input()
-    expected = lstm_by_hand(critic.cells[0], list(torch.cat([state, attention], dim=2).unbind(1)))
+    expected = lstm_by_hand(critic.rnn, list(torch.cat([state, attention], dim=2).unbind(1)))
     torch.testing.assert_close(critic(state, attention), torch.cat(expected, dim=1))
 
 
@@ -24,8 +24,8 @@ def test_gru_with_readout_equals_the_equations():
     """A GRU with three units and two cells feeds a linear read-out."""
     critic = RecurrentCritic((6,), cell='gru', hidden_size=3, depth=2)
     state, attention = make_input()
-    hidden = gru_by_hand(critic.cells[0], list(torch.cat([state, attention], dim=2).unbind(1)))
-    hidden = gru_by_hand(critic.cells[1], hidden)
+    hidden = gru_by_hand(critic.rnn, 0, list(torch.cat([state, attention], dim=2).unbind(1)))
+    hidden = gru_by_hand(critic.rnn, 1, hidden)
     expected = torch.stack([h @ critic.readout.weight[0] + critic.readout.bias[0] for h in hidden], dim=1)
     torch.testing.assert_close(critic(state, attention), expected)
 
@@ -36,7 +36,7 @@ def test_one_unit_by_hand():
     with torch.no_grad():
         for parameter in critic.parameters():
             parameter.zero_()
-        critic.cells[0].weight_ih[2] = torch.tensor([1.0, 0.0])  # gates in order i, f, g, o
+        critic.rnn.weight_ih_l0[2] = torch.tensor([1.0, 0.0])  # gates in order i, f, g, o
     quality = critic(torch.tensor([[[0.5], [0.0]]]), torch.zeros(1, 2, 1))
     c1 = 0.5 * torch.tanh(torch.tensor(0.5))
     c2 = 0.5 * c1
@@ -64,7 +64,7 @@ def test_start_does_not_saturate(channels):
     critic = RecurrentCritic((channels,))
     state, attention = torch.rand(32, 1, channels), torch.rand(32, 1, channels).requires_grad_()
     x = torch.cat([state, attention], dim=2)[:, 0]
-    preactivation = x @ critic.cells[0].weight_ih.T
+    preactivation = x @ critic.rnn.weight_ih_l0.T
     assert preactivation.abs().max() < 3
     critic(state, attention).sum().backward()
     assert attention.grad.abs().mean() > 1e-5
@@ -123,8 +123,8 @@ def test_building_draws_nothing_from_the_global_generator():
     before = torch.get_rng_state()
     first, again, other = Critic({'a': (6,)}, seed=1), Critic({'a': (6,)}, seed=1), Critic({'a': (6,)}, seed=2)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first['a'].cells[0].weight_ih, again['a'].cells[0].weight_ih)
-    assert not torch.equal(first['a'].cells[0].weight_ih, other['a'].cells[0].weight_ih)
+    assert torch.equal(first['a'].rnn.weight_ih_l0, again['a'].rnn.weight_ih_l0)
+    assert not torch.equal(first['a'].rnn.weight_ih_l0, other['a'].rnn.weight_ih_l0)
 
 
 def test_groups_are_joined_in_order():

@@ -10,17 +10,13 @@ from torch import nn
 
 from dreal_timm import DrealTask
 from dreal_timm.attention import find_sites, group_sites
+from dreal_timm.draws import Draws, record_draws, rng_state
 from dreal_timm.layers import SrmModule
-from dreal_timm.probe import (
-    ExactProbe,
-    Judged,
-    _join_stats,
-    check_probeable,
-    counterfactual,
-    log_probabilities,
-    record_norms,
-    rng_state,
-)
+from dreal_timm.norms import _join_stats, check_probeable, record_norms
+from dreal_timm.passes import Judged, log_probabilities
+from dreal_timm.passes import counterfactual as counterfactual_logits
+from dreal_timm.probe import PROBES
+from dreal_timm.restart import keep_inputs, trace_flow
 
 MODES = ('batch_norm', 'frozen_batch_norm', 'group_norm')
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -40,13 +36,18 @@ def prepare(attention, mode='batch_norm', dtype=torch.float32, **kwargs):
     return model
 
 
-def judge(model, input, seed=11):
+def judge(model, input, seed=11, kept=(), graph=False):
     """Run the judged pass as the task does."""
     torch.manual_seed(seed)
-    rng = rng_state(input.device)
-    with record_norms(model) as norms:
+    with record_norms(model) as norms, record_draws(model, input.device, functional=True) as draws, \
+            keep_inputs(model, kept) as inputs:
         logits = model(input)
-    return Judged(input, norms, rng), log_probabilities(logits.detach())
+    judged, log_probs = Judged(input, norms, draws, inputs), log_probabilities(logits.detach())
+    return (judged, log_probs, logits) if graph else (judged, log_probs)
+
+
+def counterfactual(model, judged, sites):
+    return log_probabilities(counterfactual_logits(model, judged, sites))
 
 
 def everything(model):
@@ -55,13 +56,14 @@ def everything(model):
         'flags': [m.training for m in model.modules()],
         'buffers': {name: (b.data_ptr(), b._version, b.clone()) for name, b in model.named_buffers()},
         'hooks': [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        'overrides': ['forward' in m.__dict__ for m in model.modules()],
         'grads': {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
         'rng': torch.get_rng_state(),
     }
 
 
 def assert_unchanged(before, after):
-    for name in ('flags', 'hooks'):
+    for name in ('flags', 'hooks', 'overrides'):
         assert before[name] == after[name]
     assert torch.equal(before['rng'], after['rng'])
     for name, (pointer, version, value) in before['buffers'].items():
@@ -133,7 +135,7 @@ def test_null_probe_needs_the_replay():
     # statistics of other images, as a pass with a shifted batch would have
     moved = {name: [(mean + 0.1, var) for mean, var in pairs] for name, pairs in judged.norms.items()}
     now = rng_state(torch.device('cpu'))
-    for other in (Judged(judged.input, moved, judged.rng), Judged(judged.input, judged.norms, now)):
+    for other in (Judged(judged.input, moved, judged.draws), Judged(judged.input, judged.norms, Draws(now))):
         assert (counterfactual(model, other, []) - log_probs).abs().max() > 1e-3
 
 
@@ -175,27 +177,22 @@ def test_batch_norm_that_is_called_twice():
     torch.testing.assert_close(counterfactual(model, judged, []), log_probs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('probe', list(PROBES))
 @pytest.mark.parametrize('mode', MODES)
-def test_a_probe_leaves_no_trace(attention, mode):
+def test_a_probe_leaves_no_trace(attention, mode, probe):
     """Buffers, versions, flags, hooks, gradients and generator are as before, and the backward still works."""
     model = prepare(attention, mode, drop_rate=0.2, drop_path_rate=0.3)
     input, target = make_batch()
-    logits = None
-
-    def run():
-        nonlocal logits
-        with record_norms(model) as norms:
-            logits = model(input)
-        return Judged(input, norms, rng)
-
-    rng = rng_state(input.device)
-    judged = run()
+    sites = find_sites(model, (3, 64, 64))
+    groups = group_sites(sites)
+    probe = PROBES[probe](groups, trace_flow(model, sites, (3, 64, 64)))
+    sites = probe.sites([0] * len(groups))
+    judged, _, logits = judge(model, input, kept=probe.kept(sites), graph=True)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     before = everything(model)
-    groups = group_sites(find_sites(model, (3, 64, 64)))
-    probe = ExactProbe(groups)
-    probe(model, judged, target, [site for _, site in probe.sites([0] * len(groups))])
+    right = torch.arange(8) % 2 == 0
+    probe(model, judged, target, right, sites, 0)
     assert_unchanged(before, everything(model))
     logits.sum().backward()
 

@@ -54,7 +54,7 @@ def actor_gradients_by_hand(model, input, task, seed=11):
             x = inputs[site.name]
             state = x.mean((2, 3)) if site.kind == 'channel' else x.mean(1).flatten(1)
             rows.append(torch.cat([state, map_by_hand(model.get_submodule(site.name), x).flatten(1)], dim=1).float())
-        cell = task.get_trainable_module().critic[group.name].cells[0]
+        cell = task.get_trainable_module().critic[group.name].rnn
         loss = loss - sum(lstm_by_hand(cell, rows)).mean()
     model.zero_grad()
     loss.backward()
@@ -99,10 +99,14 @@ def test_critic_gradient_is_that_of_the_regression(attention):
     task = make_task(model)
     target = correct_targets(model, input)
     readings = {}
+
+    def keep(name, x):  # of the judged pass, which is the first
+        readings.setdefault(name, x.detach())
+
     for group in task.groups:
         for site in group.sites:
             module = model.get_submodule(site.name)
-            module.register_forward_pre_hook(lambda m, a, name=site.name: readings.setdefault(name, a[0].detach()))
+            module.register_forward_pre_hook(lambda m, a, name=site.name: keep(name, a[0]))
     result = task(input, target)
     result['loss'].backward()
     critic = copy.deepcopy(task.get_trainable_module().critic)
@@ -116,7 +120,7 @@ def test_critic_gradient_is_that_of_the_regression(attention):
             with torch.no_grad():
                 attention_map = map_by_hand(model.get_submodule(site.name), x)
             rows.append(torch.cat([state, attention_map.flatten(1)], dim=1))
-        quality = lstm_by_hand(critic[group.name].cells[0], rows)
+        quality = lstm_by_hand(critic[group.name].rnn, rows)
         probed = quality[[site.name for site in group.sites].index(name)][:, 0]
         torch.testing.assert_close(result['quality'][:, column], probed.detach())
         loss = loss + (probed - result['reward'][:, column]).square().mean()
@@ -160,7 +164,7 @@ def test_returned_dictionary():
     task = make_task(make_model('cbam'), actor_weight=0.5)
     result = task(*make_batch())
     assert set(result) == {
-        'loss', 'output', 'class_loss', 'actor_loss', 'critic_loss', 'probed', 'reward', 'quality'}
+        'loss', 'output', 'class_loss', 'actor_loss', 'critic_loss', 'probed', 'reward', 'quality', 'right'}
     assert result['output'].shape == (8, 7)
     assert len(result['probed']) == len(task.groups) == 8
     for name in ('reward', 'quality'):
@@ -506,7 +510,7 @@ def test_inductor_replays_dropout():
         if compiled:
             task.compile(mode='default')
         torch.manual_seed(11)
-        target = task.get_trainable_module().train()(input)[0].argmax(dim=1)
+        target = task.get_trainable_module().train()(input)['output'].argmax(dim=1)
         torch.manual_seed(11)
         rewards.append(task(input, target)['reward'])
     assert (rewards[0] != -1).all()

@@ -44,6 +44,7 @@ class SrmModule(nn.Module):
         self.cfc = nn.Parameter(torch.zeros(channels, 2, **dd))
         self.bn = norm_layer(channels, **dd)
         self.gate = create_act_layer(gate_layer)
+        self.style = nn.Identity()  # where the style can be read from outside
 
     def style_pool(self, x: torch.Tensor) -> torch.Tensor:
         """Return mean and standard deviation of each channel, (B, C, 2), of a feature map x (B, C, H, W)."""
@@ -60,6 +61,6 @@ class SrmModule(nn.Module):
         return self.gate(self.bn(x[:, :, None, None]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        attention = self.style_integrate(self.style_pool(x))
+        attention = self.style_integrate(self.style(self.style_pool(x)))
         # under autocast the CFC is float32 and so is its map; the features keep their type
         return x * attention.to(x.dtype)

@@ -50,13 +50,13 @@ class Meter:
         correct = result['output'].argmax(dim=1) == target_class(target)
         self._add('top1', 100 * correct.sum(), samples)
         if 'reward' in result:
-            self._update_groups(result, correct)
+            self._update_groups(result)
 
-    def _update_groups(self, result: dict[str, Any], correct: torch.Tensor) -> None:
+    def _update_groups(self, result: dict[str, Any]) -> None:
         """Sums of each group of sites: the rows are told apart in `means()`."""
         reward, quality = result['reward'], result['quality']
         probed = ~reward.isnan()
-        right = probed & correct[:, None]
+        right = probed & result['right'][:, None]
         rows = torch.stack([
             torch.full_like(reward, 1.0), probed.to(reward.dtype), reward.where(probed, 0.0),
             right.to(reward.dtype), reward.where(right, 0.0),

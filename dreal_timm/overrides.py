@@ -1,0 +1,51 @@
+"""Overrides: what is changed in a network for a while, and given back whatever happens"""
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ['module_flags', 'replaced_forward', 'scratch_buffers']
+
+
+@contextmanager
+def module_flags(model: nn.Module, **flags: bool) -> Iterator[None]:
+    """Set flags (`training`, `grad_checkpointing`) of all modules that have them; each gets its own back."""
+    own = [(m, name, m.__dict__[name]) for m in model.modules() for name in flags if name in m.__dict__]
+    try:
+        for module, name, _ in own:
+            setattr(module, name, flags[name])
+        yield
+    finally:
+        for module, name, flag in own:
+            setattr(module, name, flag)
+
+
+@contextmanager
+def scratch_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the modules (not their children) write to copies of their buffers, and give them the originals back.
+
+    The tensors are swapped, not written back: autograd may have saved the originals for a backward pass to come.
+    """
+    saved = [(m, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None]
+    try:
+        for module, name, buffer in saved:
+            module._buffers[name] = buffer.clone()
+        yield
+    finally:
+        for module, name, buffer in saved:
+            module._buffers[name] = buffer
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else for a while."""
+    own = module.__dict__.get('forward')
+    try:
+        module.forward = forward
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

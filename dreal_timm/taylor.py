@@ -1,0 +1,186 @@
+"""First-order rewards: what a map is worth, from the gradient that the backward pass computes anyway
+
+    log p' - log p ~ <d log p_c / dA, mean(A) - A>
+
+for the log-probability of class c with a map A, and with its mean in its place. It needs no counterfactual pass,
+answers for every site and sample, and is known only after the backward pass: the critic learns from it one step later.
+
+Shape letters: B batch, G groups, L sites in a group, N positions of a map.
+"""
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, PolyCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from dreal_timm.attention import Group, find_sites
+from dreal_timm.measure import Measure, Measured
+from dreal_timm.passes import log_probabilities
+from dreal_timm.reward import is_correct, reward
+from dreal_timm.trainable import DrealTrainableModule
+
+__all__ = ['Pending', 'TaylorMeasure', 'check_criterion']
+
+_HINT = "probe='exact' and probe='split' work with any loss"
+
+
+def check_criterion(criterion: nn.Module | Callable, target: str | None) -> None:
+    """Raise a ValueError if the gradient of the loss is not that of what rewards are made of.
+
+    Args:
+        criterion: The class loss.
+        target: None asks for the log-probability of the class, 'loss' for each sample's own class loss.
+    """
+    name = getattr(criterion, '__name__', type(criterion).__name__)
+    if target not in (None, 'loss'):
+        raise ValueError(f"taylor_target must be None or 'loss', got {target!r}.")
+    if not _is_mean_of_samples(criterion):
+        raise ValueError(
+            f"probe='taylor' needs a loss that is the mean of a term for each sample, which {name} is not known to be; "
+            f'{_HINT}.'
+        )
+    if target is None and not _is_plain(criterion):
+        raise ValueError(
+            f"probe='taylor' needs plain cross-entropy, whose gradient is that of the class's log-probability, not "
+            f"{name} with these options; {_HINT}, and taylor_target='loss' measures rewards by each sample's own loss."
+        )
+
+
+def _is_mean_of_samples(criterion: Any) -> bool:
+    if type(criterion) is nn.CrossEntropyLoss:
+        return criterion.reduction == 'mean' and criterion.weight is None
+    if type(criterion) is BinaryCrossEntropy:
+        return criterion.sum_classes or criterion.reduction == 'mean'
+    known = (LabelSmoothingCrossEntropy, SoftTargetCrossEntropy, PolyCrossEntropy)
+    return type(criterion) in known and getattr(criterion, 'reduction', 'mean') == 'mean'
+
+
+def _is_plain(criterion: Any) -> bool:
+    if type(criterion) is nn.CrossEntropyLoss:
+        return criterion.label_smoothing == 0
+    return type(criterion) is LabelSmoothingCrossEntropy and criterion.smoothing == 0
+
+
+@dataclass
+class Pending:
+    """A batch whose rewards are known after its backward pass.
+
+    Attributes:
+        states: Reduced feature maps of each group, (B, L, *size), without a graph.
+        maps: Attention maps of each group, of the same shapes, without a graph.
+        taps: Zero leaf tensors of the same shapes that were added to the maps.
+        right: Samples whose class wins or ties, (B,) bool.
+        known: Samples that have a class, (B,) bool: a criterion may ignore labels such as -100.
+    """
+    states: Mapping[str, torch.Tensor]
+    maps: Mapping[str, torch.Tensor]
+    taps: Mapping[str, torch.Tensor]
+    right: torch.Tensor
+    known: torch.Tensor
+    _scales: list[torch.Tensor] = field(default_factory=list)
+
+    def watch(self, loss: torch.Tensor) -> None:
+        """Learn by which factor (of a gradient scaler, of accumulation) `backward()` will multiply the loss."""
+        def hook(gradient: torch.Tensor) -> None:
+            self._scales.append(gradient.detach())
+
+        loss.register_hook(hook)
+
+    def change(self) -> torch.Tensor:
+        """Return the change of the log-probability (or of minus the sample's loss) at every site, (B, L of all groups).
+
+        NaN where no gradient arrived, or one that is not finite.
+        """
+        columns = []
+        for name, tap in self.taps.items():
+            if tap.grad is None or not self._scales:
+                columns.append(torch.full(tap.shape[:2], float('nan'), device=tap.device))
+                continue
+            # the loss is a mean over the samples that have a class
+            gradient = tap.grad * (self.known.sum() / torch.stack(self._scales).sum().to(tap.dtype))
+            attention = self.maps[name].flatten(2)
+            columns.append(-(gradient.flatten(2) * (attention.mean(2, keepdim=True) - attention)).sum(2))
+        change = torch.cat(columns, dim=1)
+        return change.where(change.isfinite() & self.known[:, None], torch.full_like(change, float('nan')))
+
+
+class TaylorMeasure(Measure):
+    """Rewards of the batch before, from the gradient of its own backward pass.
+
+    Args:
+        groups: Groups of attention sites.
+        criterion: The class loss.
+        target: 'loss' takes each sample's own class loss in the place of minus the log-probability of its class.
+        **kwargs: Passed to `Measure`.
+
+    Raises:
+        ValueError: The gradient of this loss is not that of what rewards are made of.
+    """
+
+    def __init__(
+            self,
+            groups: Sequence[Group],
+            criterion: nn.Module | Callable,
+            target: str | None = None,
+            **kwargs: Any,
+    ):
+        check_criterion(criterion, target)
+        super().__init__(**kwargs)
+        self.groups = list(groups)
+        self.target = target
+        self.pending: Pending | None = None  # an attribute, not a buffer: DDP would send that of the first process
+        self._sizes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+
+    def _taps(self, model: nn.Module, input: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Zero leaf tensors of the shapes of all maps of a batch, (B, L, *size), float32 or wider, by group."""
+        shape = tuple(input.shape[1:])
+        if shape not in self._sizes:
+            # a spatial map of one position is no site at this size, but was one at another
+            sizes = {site.name: site.size for site in find_sites(model, shape)}
+            self._sizes[shape] = {g.name: sizes.get(g.sites[0].name, (1, 1)) for g in self.groups}
+        options: dict[str, Any] = dict(
+            dtype=torch.promote_types(input.dtype, torch.float32), device=input.device, requires_grad=True)
+        return {
+            group.name: torch.zeros(len(input), len(group.sites), *self._sizes[shape][group.name], **options)
+            for group in self.groups
+        }
+
+    def __call__(
+            self,
+            call: nn.Module,
+            trainable: DrealTrainableModule,
+            input: torch.Tensor,
+            target: torch.Tensor,
+    ) -> tuple[dict[str, Any], Measured]:
+        if self.target is None and target.ndim == 2:
+            raise ValueError(
+                f"probe='taylor' needs class indices, got soft targets; {_HINT}, and taylor_target='loss' measures "
+                "rewards by each sample's own loss."
+            )
+        before = self.pending
+        taps = self._taps(trainable.model, input) if trainable.rotation.due else None
+        judged = call(input, taps=taps, pending=None if before is None else (before.states, before.maps))
+        output = judged['output'].detach()
+        if before is None:
+            measured = self.unmeasured(output, target, [site for group in self.groups for site in group.sites])
+        else:
+            rewards = reward(before.change(), before.right, self.gamma, self.clip)
+            measured = Measured([site for group in self.groups for site in group.sites], rewards, before.right)
+        self.pending = None
+        if taps is not None:
+            classes, known = self.classes(output, target)
+            states, maps = (
+                {name: tensor.clone() if self.compiled else tensor for name, tensor in judged[kind].items()}
+                for kind in ('states', 'maps')  # the next step of a compiled module may overwrite what it returned
+            )
+            self.pending = Pending(states, maps, taps, is_correct(log_probabilities(output), classes), known)
+        return judged, measured
+
+    def watch(self, loss: torch.Tensor) -> None:
+        if self.pending is not None:
+            self.pending.watch(loss)
+
+    def forget(self) -> None:
+        self.pending = None
