@@ -20,6 +20,7 @@ _LAYERS = {
     'srm': SrmModule,
 }
 ATTENTION = tuple(_LAYERS)
+PROBES = ('exact', 'split', 'taylor')
 
 
 def make_model(attention: str = 'se', seed: int = 0, group_norm: bool = False, num_classes: int = 7, **kwargs):
@@ -65,4 +66,9 @@ def correct_targets(model: nn.Module, input: torch.Tensor, wrong: int = 2, seed:
 
 @pytest.fixture(params=ATTENTION)
 def attention(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=PROBES)
+def probe(request) -> str:
     return request.param

@@ -62,14 +62,14 @@ def actor_gradients_by_hand(model, input, task, seed=11):
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(drop_rate=0.2, drop_path_rate=0.2)])
-def test_gradients(attention, kwargs):
+def test_gradients(attention, probe, kwargs):
     """Backbone: the plain gradient. Attention: plus L_q's, by hand and linear in actor_weight. Critic: the same."""
     model = make_model(attention, **kwargs).train()
     input, _ = make_batch()
     target = correct_targets(model, input, seed=11)
     plain_task = ClassificationTask(copy.deepcopy(model), verbose=False)
     plain = gradients(plain_task, input, target)
-    tasks = {weight: make_task(copy.deepcopy(model), actor_weight=weight) for weight in (0.0, 1.0, 3.0)}
+    tasks = {w: make_task(copy.deepcopy(model), actor_weight=w, probe=probe) for w in (0.0, 1.0, 3.0)}
     grads = {weight: gradients(task, input, target) for weight, task in tasks.items()}
     loss, by_hand = actor_gradients_by_hand(model, input, tasks[1.0])
     theta = theta_names(model)
@@ -92,11 +92,12 @@ def test_gradients(attention, kwargs):
     torch.testing.assert_close(tasks[1.0](input, target)['actor_loss'], loss)
 
 
-def test_critic_gradient_is_that_of_the_regression(attention):
+@pytest.mark.parametrize('probe', ['exact', 'split'])
+def test_critic_gradient_is_that_of_the_regression(attention, probe):
     """The critic's gradient is that of L_r by hand: the squared error of Q at the probed sites (Eq. 9)."""
     model = make_model(attention).train()
     input, _ = make_batch()
-    task = make_task(model)
+    task = make_task(model, probe=probe)
     target = correct_targets(model, input)
     readings = {}
 
@@ -122,18 +123,21 @@ def test_critic_gradient_is_that_of_the_regression(attention):
             rows.append(torch.cat([state, attention_map.flatten(1)], dim=1))
         quality = lstm_by_hand(critic[group.name].rnn, rows)
         probed = quality[[site.name for site in group.sites].index(name)][:, 0]
-        torch.testing.assert_close(result['quality'][:, column], probed.detach())
-        loss = loss + (probed - result['reward'][:, column]).square().mean()
+        reward = result['reward'][:, column]
+        judged = ~reward.isnan()
+        assert judged.sum() == (8 if probe == 'exact' else 8 // len(task.groups))
+        torch.testing.assert_close(result['quality'][judged, column], probed[judged].detach())
+        loss = loss + (probed - reward)[judged].square().mean()
     loss.backward()
     torch.testing.assert_close(result['critic_loss'], loss.detach())
     for name, parameter in task.get_trainable_module().critic.named_parameters():
         torch.testing.assert_close(parameter.grad, critic.get_parameter(name).grad, rtol=1e-4, atol=1e-7)
 
 
-def test_weight_zero_is_plain_training(attention):
+def test_weight_zero_is_plain_training(attention, probe):
     """With actor_weight=0, ten steps leave bit for bit the same model, buffers included, as plain training."""
     models = [make_model(attention, drop_rate=0.1, drop_path_rate=0.1) for _ in range(2)]
-    tasks = [make_task(models[0], actor_weight=0.0), ClassificationTask(models[1], verbose=False)]
+    tasks = [make_task(models[0], actor_weight=0.0, probe=probe), ClassificationTask(models[1], verbose=False)]
     for task in tasks:
         optimizer = create_optimizer_v2(task.get_trainable_module(), 'sgd', lr=0.05, weight_decay=1e-4)
         task.get_trainable_module().train()
@@ -159,9 +163,9 @@ def test_reinforced_training_differs():
     assert not torch.equal(models[0].layer1[0].se.fc1.weight, models[1].layer1[0].se.fc1.weight)
 
 
-def test_returned_dictionary():
+def test_returned_dictionary(probe):
     """Keys, shapes, dtypes and graphs are those of the contract; the sum is the loss."""
-    task = make_task(make_model('cbam'), actor_weight=0.5)
+    task = make_task(make_model('cbam'), actor_weight=0.5, probe=probe)
     result = task(*make_batch())
     assert set(result) == {
         'loss', 'output', 'class_loss', 'actor_loss', 'critic_loss', 'probed', 'reward', 'quality', 'right'}
@@ -179,10 +183,10 @@ def test_returned_dictionary():
     torch.testing.assert_close(2 * result['loss'].detach(), expected)
 
 
-def test_evaluation_is_the_class_loss(attention):
+def test_evaluation_is_the_class_loss(attention, probe):
     """In evaluation mode and under no_grad the task is a ClassificationTask, bit for bit."""
     model = make_model(attention)
-    task = make_task(copy.deepcopy(model))
+    task = make_task(copy.deepcopy(model), probe=probe)
     plain = ClassificationTask(model, verbose=False)
     input, target = make_batch()
     with torch.no_grad():
@@ -197,13 +201,13 @@ def test_evaluation_is_the_class_loss(attention):
     assert set(first) == {'loss', 'output'}
 
 
-def test_inference_is_the_plain_network(attention):
+def test_inference_is_the_plain_network(attention, probe):
     """After training the eval model is the very network that was passed, with no hook and no critic in it."""
     model = make_model(attention)
-    task = make_task(model)
+    task = make_task(model, probe=probe)
     task(*make_batch())['loss'].backward()
     assert task.get_eval_model() is model
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in model.modules())
     fresh = make_model(attention)
     fresh.load_state_dict(task.get_checkpoint_state()['state_dict'])
     input, _ = make_batch()
@@ -212,9 +216,9 @@ def test_inference_is_the_plain_network(attention):
     assert first == second
 
 
-def test_checkpoint_has_no_critic():
+def test_checkpoint_has_no_critic(probe):
     """state_dict is the network's; the critic and the counters are task_state, plain and loadable by weights_only."""
-    task = make_task(make_model('se'))
+    task = make_task(make_model('se'), probe=probe)
     task(*make_batch())['loss'].backward()
     state = task.get_checkpoint_state()
     assert set(state) == {'state_dict', 'task_state'}
@@ -270,15 +274,17 @@ def test_clip_parameters():
     assert {id(p) for p in task.get_clip_parameters(exclude_head=True)} == {id(p) for p in model.parameters()} - head
 
 
-def test_every_critic_parameter_has_a_gradient():
+def test_every_critic_parameter_has_a_gradient(probe):
     """Also in a batch in which no sample is right, and one in which nothing can be judged."""
     model = make_model('cbam')
-    task = make_task(model)
+    task = make_task(model, probe=probe)
     input, _ = make_batch()
     target = (correct_targets(model.train(), input, wrong=0, seed=0) + 1) % 7
     torch.manual_seed(0)
     result = task(input, target)
-    assert (result['reward'] == -1).all()
+    judged = ~result['reward'].isnan()
+    assert judged.sum() == {'exact': 64, 'split': 8, 'taylor': 0}[probe]
+    assert (result['reward'][judged] == -1).all()
     result['loss'].backward()
     assert all(p.grad is not None for p in task.get_trainable_module().parameters())
 
@@ -340,6 +346,34 @@ def test_frozen_attention():
         make_task(model)
 
 
+@pytest.mark.parametrize('probe_every', [2, 3])
+def test_a_reward_every_so_many_steps(probe, probe_every):
+    """Between probed steps there are no rewards, the critic rests, and L_q teaches all the same."""
+    task = make_task(make_model('se'), probe=probe, probe_every=probe_every, rotate='step')
+    input, target = make_batch()
+    for step in range(2 * probe_every):
+        task.zero_grad()
+        result = task(input, target)
+        result['loss'].backward()
+        module = task.get_trainable_module()
+        judged = step % probe_every == (probe == 'taylor')
+        assert bool((~result['reward'].isnan()).any()) == judged, step
+        critic = sum(p.grad.abs().sum() for p in module.critic.parameters())
+        assert (critic > 0) == judged
+        assert result['actor_loss'].isfinite()
+        if not judged:
+            assert result['critic_loss'] == 0
+
+
+def test_rotation_counts_probed_steps():
+    """With rotate='step' each probed step draws anew, so that every site of a group is seen in turn."""
+    model = timm.create_model('dreal_se_resnet18', num_classes=7)
+    task = make_task(model, input_size=(3, 32, 32), rotate='step', probe_every=2)
+    batch = make_batch(batch_size=2, size=32)
+    probed = [tuple(task(*batch)['probed']) for _ in range(4)]
+    assert probed[0] == probed[1] != probed[2] == probed[3]
+
+
 @pytest.mark.parametrize('kwargs', [
     dict(critic_cell='gru'), dict(critic_hidden_size=4), dict(critic_depth=2),
     dict(critic_cell='gru', critic_hidden_size=3, critic_depth=2),
@@ -355,7 +389,8 @@ def test_critic_options(kwargs):
 @pytest.mark.parametrize(('kwargs', 'message'), [
     (dict(gamma=-1.0, reward_clip=None), 'gamma'), (dict(actor_weight=-1.0), 'actor_weight'),
     (dict(actor_weight=float('nan')), 'actor_weight'), (dict(gamma=2.0), 'reward_clip'), (dict(gamma=0.0), 'gamma'),
-    (dict(probe='guess'), "'exact'"),
+    (dict(probe='guess'), "'exact', 'split', 'taylor'"), (dict(probe_every=0), 'probe_every'),
+    (dict(probe='taylor', probe_dtype='float32'), 'probe_dtype'), (dict(taylor_target='loss'), 'taylor_target'),
     (dict(probe_dtype='float16'), 'float32'), (dict(rotate='never'), 'rotate'), (dict(critic_cell='rnn'), 'lstm'),
     (dict(input_size=(64, 64)), 'C, H, W'),
 ])
@@ -379,16 +414,17 @@ def test_wrapped_and_half_models():
         make_task(make_model('se').to(torch.bfloat16), probe_dtype='float32')
 
 
-def test_ignored_labels_are_not_probed():
+@pytest.mark.parametrize('label', [-100, 6])
+def test_ignored_labels_are_not_probed(label):
     """A label that the criterion ignores has no reward; the other samples keep theirs."""
     model = make_model('se').train()
     input, _ = make_batch()
     target = correct_targets(model, input, seed=11)
     ignored = target.clone()
-    ignored[1] = -100
+    ignored[1] = label
     rewards = []
     for labels in (target, ignored):
-        task = make_task(copy.deepcopy(model), criterion=nn.CrossEntropyLoss(ignore_index=-100))
+        task = make_task(copy.deepcopy(model), criterion=nn.CrossEntropyLoss(ignore_index=label))
         torch.manual_seed(11)
         result = task(input, labels)
         result['loss'].backward()
@@ -398,10 +434,10 @@ def test_ignored_labels_are_not_probed():
     assert torch.equal(rewards[0][keep], rewards[1][keep])
 
 
-def test_a_broken_critic_leaves_plain_training_alone():
+def test_a_broken_critic_leaves_plain_training_alone(probe):
     """With actor_weight=0 not even NaN weights of the critic reach the network."""
     model = make_model('se')
-    task = make_task(model, actor_weight=0.0)
+    task = make_task(model, actor_weight=0.0, probe=probe)
     with torch.no_grad():
         for parameter in task.get_trainable_module().critic.parameters():
             parameter.fill_(float('nan'))
@@ -436,21 +472,21 @@ def test_critic_size_is_the_papers():
     assert round((sum(p.numel() for p in model.parameters()) + critic) / 1e6, 3) == 28.119
 
 
-def test_gradient_checkpointing(attention):
+def test_gradient_checkpointing(attention, probe):
     """Gradient checkpointing changes neither rewards nor gradients."""
     model = make_model(attention, drop_path_rate=0.2).train()
     input, _ = make_batch()
     target = correct_targets(model, input, seed=11)
     checkpointed = copy.deepcopy(model)
     checkpointed.set_grad_checkpointing(True)
-    first, second = (gradients(make_task(m), input, target) for m in (model, checkpointed))
+    first, second = (gradients(make_task(m, probe=probe), input, target) for m in (model, checkpointed))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_low_precision_model():
+def test_low_precision_model(probe):
     """A bfloat16 model trains; its critic stays in float32."""
-    task = make_task(make_model('se').to(torch.bfloat16))
+    task = make_task(make_model('se').to(torch.bfloat16), probe=probe)
     input, target = make_batch(dtype=torch.bfloat16)
     result = task(input, target)
     result['loss'].backward()
@@ -458,31 +494,32 @@ def test_low_precision_model():
     assert {p.dtype for p in task.get_trainable_module().critic.parameters()} == {torch.float32}
 
 
-def test_other_image_size(caplog):
+def test_other_image_size(caplog, probe):
     """CBAM's spatial critics pool maps of other images to the size they were built for."""
-    task = make_task(make_model('cbam'), input_size=(3, 64, 64))
+    task = make_task(make_model('cbam'), input_size=(3, 64, 64), probe=probe)
     with caplog.at_level('INFO'):
         task(*make_batch(size=96))['loss'].backward()
     assert any('pooled' in record.message for record in caplog.records)
 
 
 @pytest.mark.filterwarnings('ignore')  # of the compiler's own
-@pytest.mark.parametrize('attention', ['cbam'])
-def test_compile(attention):
+def test_compile(probe):
     """A compiled task has the losses, rewards and gradients of an eager one, over several steps and epochs."""
-    model = make_model(attention).train()
+    model = make_model('cbam').train()
     input, _ = make_batch()
     target = correct_targets(model, input)
-    eager, compiled = make_task(copy.deepcopy(model)), make_task(copy.deepcopy(model))
+    eager, compiled = (make_task(copy.deepcopy(model), probe=probe) for _ in range(2))
     compiled.compile(backend='aot_eager')
-    for _ in range(3):
+    for step in range(6):
         results = [task(input, target) for task in (eager, compiled)]
         for key in ('loss', 'reward', 'quality'):
-            torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert results[0]['reward'].isnan().all() == (probe == 'taylor' and step % 2 == 0)
         for result in results:
             result['loss'].backward()
-        for task in (eager, compiled):
-            task.get_trainable_module().train()
+        if step % 2:
+            for task in (eager, compiled):
+                task.get_trainable_module().train()
     pairs = zip(eager.parameters(), compiled.parameters(), strict=False)
     for first, second in pairs:
         torch.testing.assert_close(first.grad, second.grad, rtol=1e-3, atol=1e-4)

@@ -11,11 +11,11 @@ def test_meter_by_hand():
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
     meter.update({
         'loss': torch.tensor(1.0), 'output': logits, 'reward': torch.tensor([[0.5, nan], [-1.0, -1.0]]),
-        'quality': torch.tensor([[0.1, nan], [0.3, 0.2]]), 'probed': ['a', 'b'],
+        'quality': torch.tensor([[0.1, nan], [0.3, 0.2]]), 'probed': ['a', 'b'], 'right': torch.tensor([True, False]),
     }, torch.tensor([0, 0]))
     meter.update({
         'loss': torch.tensor(4.0), 'output': logits[:1], 'reward': torch.tensor([[0.1, 0.2]]),
-        'quality': torch.tensor([[0.0, 0.0]]), 'probed': ['b', 'a'],
+        'quality': torch.tensor([[0.0, 0.0]]), 'probed': ['b', 'a'], 'right': torch.tensor([True]),
     }, torch.tensor([0]))
     means = meter.means()
     assert means['loss'] == pytest.approx(2.0)

@@ -1,0 +1,103 @@
+"""Fashion-MNIST in memory, and a training run on it that is the same for every kind of task but for the task"""
+import gzip
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.task import TrainingTask
+from torch import nn
+
+from dreal_timm.data.fashion_mnist import DEBIAN_FILES
+
+MEAN, STD = 0.2860, 0.3530
+SIZE = (1, 32, 32)
+
+Data = tuple[torch.Tensor, torch.Tensor]
+
+
+def load(folder: Path = DEBIAN_FILES) -> dict[str, Data]:
+    """Read images (N, 1, 32, 32), normalised, and labels (N,), of the training and the test split.
+
+    Args:
+        folder: Folder with the four gz files; Debian's package dataset-fashion-mnist by default.
+    """
+    splits = {}
+    for split, prefix in (('train', 'train'), ('test', 't10k')):
+        with gzip.open(folder / f'{prefix}-images-idx3-ubyte.gz') as file:
+            pixels = np.frombuffer(file.read(), dtype=np.uint8, offset=16).reshape(-1, 1, 28, 28)
+        with gzip.open(folder / f'{prefix}-labels-idx1-ubyte.gz') as file:
+            labels = np.frombuffer(file.read(), dtype=np.uint8, offset=8)
+        images = (torch.from_numpy(pixels.copy()).float() / 255 - MEAN) / STD
+        images = nn.functional.pad(images, (2, 2, 2, 2), value=-MEAN / STD)
+        splits[split] = images, torch.from_numpy(labels.copy()).long()
+    return splits
+
+
+def batches(data: Data, batch_size: int, epoch: int, seed: int) -> Iterator[Data]:
+    """Yield shuffled, shifted (by up to 2 pixels) and mirrored batches, the same for a seed and an epoch."""
+    generator = torch.Generator().manual_seed(1_000_003 * (epoch + 1) + seed)
+    images, labels = data
+    order = torch.randperm(len(images), generator=generator)
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        index = order[start:start + batch_size]
+        batch = images[index]
+        flipped = torch.rand(batch_size, generator=generator) < 0.5
+        batch = torch.where(flipped[:, None, None, None], batch.flip(3), batch)
+        down, right = (int(torch.randint(-2, 3, (), generator=generator)) for _ in range(2))
+        yield batch.roll((down, right), (2, 3)), labels[index]
+
+
+def network(attention: str, width: float, seed: int, depth: int = 18) -> nn.Module:
+    """An attention ResNet for images of 32 x 32 pixels, its stages scaled to a share of their width."""
+    torch.manual_seed(seed)
+    channels = tuple(int(width * c) for c in (64, 128, 256, 512))
+    return timm.create_model(
+        f'dreal_{attention}_resnet{depth}', num_classes=10, in_chans=1, zero_init_last=False, channels=channels)
+
+
+def subset(data: Data, images: int, seed: int) -> Data:
+    """Draw so many images, without replacement."""
+    index = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed))[:images]
+    return data[0][index], data[1][index]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data, device: torch.device) -> float:
+    """Return top-1 accuracy, percent."""
+    model.eval()
+    right = sum(
+        int((model(images.to(device)).argmax(1).cpu() == labels).sum())
+        for images, labels in zip(data[0].split(500), data[1].split(500), strict=True)
+    )
+    return 100 * right / len(data[1])
+
+
+def train(
+        task: TrainingTask,
+        data: Data,
+        epochs: int,
+        batch_size: int,
+        lr: float,
+        seed: int,
+        device: torch.device,
+        after_epoch: Callable[[int], None],
+) -> None:
+    """Train with SGD, a linear warm-up over a twentieth of the steps and a cosine to zero."""
+    module = task.get_trainable_module()
+    optimizer = create_optimizer_v2(module, 'momentum', lr=lr, momentum=0.9, weight_decay=5e-4)
+    steps = epochs * (len(data[0]) // batch_size)
+    warm = max(steps // 20, 1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, 0.5 * (1 + float(np.cos(np.pi * step / steps)))))
+    for epoch in range(epochs):
+        torch.manual_seed(1_000_003 * seed + epoch)
+        module.train()
+        for images, labels in batches(data, batch_size, epoch, seed):
+            task(images.to(device), labels.to(device))['loss'].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        after_epoch(epoch)
