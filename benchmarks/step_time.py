@@ -23,6 +23,7 @@ from typing import Any
 import report
 import timm
 import torch
+import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, TrainingTask
 
@@ -74,6 +75,8 @@ class Stepper:
             )
         if args.compile:
             self.task.compile(backend='inductor')
+        if dist.is_initialized():
+            self.task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
         module = self.task.get_trainable_module()
         self.optimizer = create_optimizer_v2(module, 'sgd', lr=0.01, momentum=0.9)
         module.train()
