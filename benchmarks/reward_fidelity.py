@@ -5,8 +5,8 @@ mode, the reward of every site and sample is measured by `exact` in float32, and
 network gets right and pooled over the sites of a group, with `split`, `taylor` and, under bf16 autocast, with all of
 them and with probe_dtype='float32'. Split's reward of one draw is missing for most (sample, group) pairs: its row
 compares those that it gave, and says how far the mean over the group is off, in standard errors. `first order, fixed
-statistics` takes taylor's gradient with the statistics of batch norms held fixed, as `exact` holds them: what is left of
-taylor's error there is curvature, what goes away is the way in which a map moves the other samples' normalisation.
+statistics` takes taylor's gradient with the statistics of batch norms held fixed, as `exact` holds them: what is left
+of taylor's error there is curvature, what goes away is how a map moves the other samples' normalisation.
 """
 import argparse
 import copy
@@ -125,7 +125,7 @@ def compare(exact: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
 def measure(model: torch.nn.Module, data: fashion.Data, args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Compare all kinds of rewards over some batches."""
     collected: dict[str, list[torch.Tensor]] = {kind: [] for kind in KINDS}
-    right = []
+    right, names = [], list[str]()
     loader = fashion.batches(data, args.batch_size, 10_000, args.seed)
     for index, batch in zip(range(args.batches), loader, strict=False):
         for kind, options in KINDS.items():
