@@ -11,7 +11,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from dreal_timm.overrides import module_flags
+from dreal_timm.overrides import module_flags, weights_on_meta
 from dreal_timm.readers import READERS
 
 __all__ = ['Group', 'Site', 'attention_parameters', 'find_sites', 'group_sites', 'on_meta']
@@ -43,12 +43,12 @@ class Group:
     sites: tuple[Site, ...]
 
 
-def on_meta(model: nn.Module, input_size: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Run the model once on two images on the meta device, without a copy; return its weights there, by name."""
-    tensors = {n: t.to('meta') for n, t in [*model.named_parameters(), *model.named_buffers()]}
+def on_meta(model: nn.Module, input_size: Sequence[int], images: int = 2) -> None:
+    """Run the model once on the meta device; random numbers that it draws elsewhere leave no trace."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    torch.func.functional_call(model, tensors, (torch.empty(2, *input_size, dtype=dtype, device='meta'),))
-    return tensors
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)), weights_on_meta(model):
+        model(torch.empty(images, *input_size, dtype=dtype, device='meta'))
 
 
 def _trace(model: nn.Module, input_size: Sequence[int]) -> tuple[list[tuple[str, torch.Size]], list[str]]:

@@ -68,6 +68,7 @@ class _Draw:
     after: State
     ones: Callable[[], torch.Tensor]
     draw: Callable[[torch.Tensor], torch.Tensor]
+    inplace: bool = False
     mask: torch.Tensor | None = None
 
     def masked(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -75,8 +76,8 @@ class _Draw:
             ones = self.ones()
             with replay_rng(self.before, ones.device):
                 self.mask = self.draw(ones)
-        mask = self.mask if rows is None else self.mask[rows]
-        return x * mask.to(x.dtype)
+        mask = (self.mask if rows is None else self.mask[rows]).to(x.dtype)
+        return x.mul_(mask) if self.inplace else x * mask
 
 
 @dataclass
@@ -109,26 +110,32 @@ class Draws:
         return all(_same(*pair) for pair in zip(states[::2], states[1::2], strict=True))
 
 
-def _call(before: State, x: torch.Tensor, draw: Callable[[torch.Tensor], torch.Tensor]) -> _Draw:
+def _call(
+        before: State,
+        x: torch.Tensor,
+        draw: Callable[[torch.Tensor], torch.Tensor],
+        inplace: bool = False,
+) -> _Draw:
     shape, stride, dtype, device = x.shape, x.stride(), x.dtype, x.device
 
     def ones() -> torch.Tensor:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).fill_(1)
 
-    return _Draw(before, rng_state(device), ones, draw)
+    return _Draw(before, rng_state(device), ones, draw, inplace)
 
 
 class _FunctionalDropout(TorchFunctionMode):
-    """Give each call of `torch.nn.functional.dropout` that draws a mask to `handle(x, p, call)`."""
+    """Give each call of `torch.nn.functional.dropout` that draws a mask to `handle(x, p, inplace, call)`."""
 
-    def __init__(self, handle: Callable[[torch.Tensor, float, Callable[[], torch.Tensor]], torch.Tensor]):
+    def __init__(self, handle: Callable[[torch.Tensor, float, bool, Callable[[], torch.Tensor]], torch.Tensor]):
         super().__init__()
         self.handle = handle
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.dropout and kwargs.get('training', True) and 0 < kwargs.get('p', 0.5) < 1:
-            return self.handle(args[0], kwargs.get('p', 0.5), lambda: func(*args, **kwargs))
+            return self.handle(
+                args[0], kwargs.get('p', 0.5), kwargs.get('inplace', False), lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
 
 
@@ -154,16 +161,16 @@ def record_draws(model: nn.Module, device: torch.device, functional: bool = Fals
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             nonlocal depth
             depth -= 1
-            call = _call(state.pop(), output, module.forward)
+            call = _call(state.pop(), output, module.forward, getattr(module, 'inplace', False))
             draws.modules.setdefault(name, []).append(call)
             draws.calls.append(call)
         return hook
 
-    def on_function(x: torch.Tensor, p: float, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def on_function(x: torch.Tensor, p: float, inplace: bool, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         if depth:
             return call()
         before, output = rng_state(device), call()
-        draws.functions.append(_call(before, output, lambda ones: F.dropout(ones, p)))
+        draws.functions.append(_call(before, output, lambda ones: F.dropout(ones, p), inplace))
         draws.calls.append(draws.functions[-1])
         return output
 
@@ -203,5 +210,5 @@ def replay_draws(model: nn.Module, draws: Draws, rows: Rows) -> Iterator[None]:
         for name, (call,) in draws.modules.items():
             stack.enter_context(replaced_forward(model.get_submodule(name), masked(call)))
         if draws.functions:
-            stack.enter_context(_FunctionalDropout(lambda x, p, call: next(functions).masked(x, rows.now)))
+            stack.enter_context(_FunctionalDropout(lambda x, *_: next(functions).masked(x, rows.now)))
         yield

@@ -106,8 +106,9 @@ class PassMeasure(Measure):
 
     def _watched(self, model: nn.Module, device: torch.device) -> AbstractContextManager[Draws]:
         # hooks that are set outside of a compiled module are not seen there: all that is known is whether it drew
-        return nullcontext(Draws(rng_state(device))) if self.compiled else record_draws(
-            model, device, self.probe.flow.functional)
+        if self.compiled or not self.probe.flow.per_sample:
+            return nullcontext(Draws(rng_state(device)))
+        return record_draws(model, device, self.probe.flow.functional)
 
     def __call__(
             self,

@@ -3,9 +3,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ['module_flags', 'replaced_forward', 'scratch_buffers']
+__all__ = ['module_flags', 'replaced_forward', 'scratch_buffers', 'weights_on_meta']
 
 
 @contextmanager
@@ -35,6 +36,26 @@ def scratch_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, name, buffer in saved:
             module._buffers[name] = buffer
+
+
+@contextmanager
+def weights_on_meta(model: nn.Module) -> Iterator[None]:
+    """Let the parameters and buffers be on the meta device for a while, without a copy; tied ones stay tied.
+
+    `torch.func.functional_call` does not give a module that stands under two names its own tensors back.
+    """
+    moved: dict[int, torch.Tensor] = {}
+    saved: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (tensors, dict(tensors)) for m in model.modules() for tensors in (m._parameters, m._buffers)]
+    try:
+        for tensors, own in saved:
+            for name, tensor in own.items():
+                if tensor is not None:
+                    tensors[name] = moved.setdefault(id(tensor), tensor.to('meta'))
+        yield
+    finally:
+        for tensors, own in saved:
+            tensors.update(own)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from dreal_timm.attention import Site
 from dreal_timm.capture import bypass
@@ -56,6 +57,9 @@ def _as_judged(model: nn.Module, judged: Judged, rows: Rows) -> Iterator[None]:
     """Let forward passes inside the context differ from the judged pass in nothing, and leave no trace."""
     other = [m for name, m in model.named_modules() if m.training and m._buffers and name not in judged.norms]
     with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, _SpectralNorm):  # its vectors have moved on in the judged pass, once
+                stack.enter_context(module_flags(module, training=False))
         stack.enter_context(module_flags(model, grad_checkpointing=False))  # it would call stages past their modules
         stack.enter_context(replay_rng(judged.draws.before, judged.input.device))
         if not judged.whole:

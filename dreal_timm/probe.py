@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from dreal_timm.attention import Group, Site
+from dreal_timm.flow import Flow
 from dreal_timm.passes import Entry, Judged, class_log_probability, counterfactual, log_probabilities, travel
-from dreal_timm.restart import Flow, Restart, keep_inputs, select
+from dreal_timm.restart import Restart, keep_inputs, select
 
 __all__ = ['PROBES', 'ExactProbe', 'Probe', 'SplitProbe']
 

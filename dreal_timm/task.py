@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dreal_timm.attention import Group, Site, attention_parameters, find_sites, group_sites
 from dreal_timm.critic import Critic
+from dreal_timm.flow import trace_flow
 from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
 from dreal_timm.measure import Measure, PassMeasure
 from dreal_timm.norms import check_probeable
 from dreal_timm.probe import PROBES
 from dreal_timm.readers import READERS
-from dreal_timm.restart import trace_flow
 from dreal_timm.rotation import Rotation
 from dreal_timm.taylor import TaylorMeasure
 from dreal_timm.trainable import DrealTrainableModule

@@ -10,8 +10,8 @@ import dreal_timm
 
 ROOT = Path(dreal_timm.__file__).parent
 CORE = {
-    'readers', 'overrides', 'attention', 'capture', 'critic', 'draws', 'losses', 'measure', 'norms', 'passes', 'probe',
-    'restart', 'reward', 'rotation', 'task', 'taylor', 'trainable',
+    'readers', 'overrides', 'attention', 'capture', 'critic', 'draws', 'flow', 'losses', 'measure', 'norms', 'passes',
+    'probe', 'restart', 'reward', 'rotation', 'task', 'taylor', 'trainable',
 }
 ALLOWED = {
     'version': set(),
@@ -28,15 +28,15 @@ ALLOWED = {
     'attention': {'readers', 'overrides'},
     'capture': {'readers', 'overrides', 'attention'},
     'draws': {'overrides'},
-    'restart': {'overrides', 'attention', 'capture', 'draws'},
+    'restart': {'overrides', 'attention', 'capture'},
+    'flow': {'overrides', 'attention', 'draws', 'restart'},
     'passes': {'overrides', 'attention', 'capture', 'draws', 'norms', 'restart'},
-    'probe': {'attention', 'passes', 'restart'},
+    'probe': {'attention', 'flow', 'passes', 'restart'},
     'trainable': {'attention', 'capture', 'critic', 'norms', 'restart', 'rotation'},
     'measure': {'attention', 'draws', 'passes', 'probe', 'reward', 'trainable'},
     'taylor': {'attention', 'measure', 'passes', 'reward', 'trainable'},
     'task': {
-        'readers', 'attention', 'critic', 'losses', 'measure', 'norms', 'probe', 'restart', 'rotation', 'taylor',
-        'trainable',
+        'readers', 'attention', 'critic', 'flow', 'losses', 'measure', 'norms', 'probe', 'rotation', 'taylor', 'trainable',
     },
     'data': set(),
     'hub': CORE | {'layers', 'models', 'data'},

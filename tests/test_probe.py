@@ -11,12 +11,13 @@ from torch import nn
 from dreal_timm import DrealTask
 from dreal_timm.attention import find_sites, group_sites
 from dreal_timm.draws import Draws, record_draws, rng_state
+from dreal_timm.flow import trace_flow
 from dreal_timm.layers import SrmModule
 from dreal_timm.norms import _join_stats, check_probeable, record_norms
 from dreal_timm.passes import Judged, log_probabilities
 from dreal_timm.passes import counterfactual as counterfactual_logits
 from dreal_timm.probe import PROBES
-from dreal_timm.restart import keep_inputs, trace_flow
+from dreal_timm.restart import keep_inputs
 
 MODES = ('batch_norm', 'frozen_batch_norm', 'group_norm')
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}

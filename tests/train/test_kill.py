@@ -32,12 +32,14 @@ def assert_equal(first, second, where='checkpoint'):
         assert first == second, where
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_a_run_survives_being_killed(images, tmp_path, workers):
+@pytest.mark.parametrize(('workers', 'dreal'), [
+    (0, dict(probe='taylor', taylor_target='loss')), (2, dict(probe='split', rotate='step', probe_every=2)),
+])
+def test_a_run_survives_being_killed(images, tmp_path, workers, dreal):
     """Killed 20 times, in steps, validations and saves, a run ends bit for bit where an uninterrupted one does."""
     values = dict(
         epochs=16, workers=workers, model_ema=True, model_ema_decay=0.9, opt='adamw', lr=1e-3, reprob=0.5, drop=0.1,
-        scale=[0.5, 1.0], checkpoint_hist=3, save_epochs=[2, 5], dreal={'rotate': 'step'},
+        scale=[0.5, 1.0], checkpoint_hist=3, save_epochs=[2, 5], dreal=dreal,
     )
     start = time.perf_counter()
     whole = run(recipe(images, tmp_path, experiment='whole', **values))
