@@ -99,7 +99,7 @@ class Pending:
                 columns.append(torch.full(tap.shape[:2], float('nan'), device=tap.device))
                 continue
             # the loss is a mean over the samples that have a class
-            gradient = tap.grad * (self.known.sum() / torch.stack(self._scales).sum().to(tap.dtype))
+            gradient = tap.grad.detach() * (self.known.sum() / torch.stack(self._scales).sum().to(tap.dtype))
             attention = self.maps[name].flatten(2)
             columns.append(-(gradient.flatten(2) * (attention.mean(2, keepdim=True) - attention)).sum(2))
         change = torch.cat(columns, dim=1)

@@ -36,7 +36,8 @@ ALLOWED = {
     'measure': {'attention', 'draws', 'passes', 'probe', 'reward', 'trainable'},
     'taylor': {'attention', 'measure', 'passes', 'reward', 'trainable'},
     'task': {
-        'readers', 'attention', 'critic', 'flow', 'losses', 'measure', 'norms', 'probe', 'rotation', 'taylor', 'trainable',
+        'readers', 'attention', 'critic', 'flow', 'losses', 'measure', 'norms', 'probe', 'rotation', 'taylor',
+        'trainable',
     },
     'data': set(),
     'hub': CORE | {'layers', 'models', 'data'},
