@@ -60,7 +60,7 @@ def compare(name: str, probe: str, args: argparse.Namespace, device: torch.devic
         optimizer.step()
         optimizer.zero_grad()
     with tempfile.TemporaryDirectory() as folder:
-        export(task.get_eval_model(), Path(folder) / 'model')
+        export(model, Path(folder) / 'model')
         exported = timm.create_model(f'local-dir:{folder}/model', pretrained=True).to(device).eval()
     plain = timms_own(name).to(device).eval()
     plain.load_state_dict(model.state_dict())

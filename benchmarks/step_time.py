@@ -48,7 +48,11 @@ def visit_every_site(task: DrealTask, steps: int) -> None:
     """Let the draws of a round visit the sites of each group equally often, or as nearly as can be."""
     rotation = task._trainable.rotation
     lengths = [length for _, length in rotation.groups]
-    rotation.draw = lambda: [(rotation.step % steps) * length // steps for length in lengths]
+
+    def draw() -> list[int]:
+        return [(rotation.step % steps) * length // steps for length in lengths]
+
+    setattr(rotation, 'draw', draw)  # noqa: B010 (mypy allows no assignment to a method)
 
 
 def round_length(task: DrealTask) -> int:
@@ -205,7 +209,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if args.only:
-        print(peak(*args.only, args, device))
+        print(peak(args.only[0], args.only[1], args, device))
         return
     header = report.begin(args, device)
     rows: list[dict[str, Any]] = []

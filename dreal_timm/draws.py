@@ -71,12 +71,16 @@ class _Draw:
     inplace: bool = False
     mask: torch.Tensor | None = None
 
-    def masked(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    def drawn(self) -> torch.Tensor:
+        """The mask of the whole batch."""
         if self.mask is None:
             ones = self.ones()
             with replay_rng(self.before, ones.device):
                 self.mask = self.draw(ones)
-        mask = (self.mask if rows is None else self.mask[rows]).to(x.dtype)
+        return self.mask
+
+    def masked(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        mask = (self.drawn() if rows is None else self.drawn()[rows]).to(x.dtype)
         return x.mul_(mask) if self.inplace else x * mask
 
 
@@ -203,12 +207,14 @@ def replay_draws(model: nn.Module, draws: Draws, rows: Rows) -> Iterator[None]:
     """
     functions = iter(draws.functions)
 
-    def masked(call: _Draw) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: call.masked(x, rows.now)
+    def masked(call: _Draw) -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: call.masked([*args, *kwargs.values()][0], rows.now)
 
     with ExitStack() as stack:
         for name, (call,) in draws.modules.items():
             stack.enter_context(replaced_forward(model.get_submodule(name), masked(call)))
         if draws.functions:
+            for call in draws.calls:  # before functions are watched: a layer calls one to draw its mask
+                call.drawn()
             stack.enter_context(_FunctionalDropout(lambda x, *_: next(functions).masked(x, rows.now)))
         yield

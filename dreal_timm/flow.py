@@ -33,7 +33,7 @@ class Flow:
         restarts: How a pass can begin at each site, by its name; None where it must begin with the image.
         functional: Whether numbers are drawn outside of the layers that `is_masking` knows, and only behind all blocks
             where passes begin.
-        per_sample: Whether the masks of these layers have one row a sample.
+        per_sample: Whether all masks have one row a sample.
     """
     restarts: Mapping[str, Restart | None]
     functional: bool
@@ -91,7 +91,7 @@ class _Log(TorchDispatchMode):
     born: dict[int, int] = field(default_factory=dict)
     reads: dict[int, int] = field(default_factory=dict)  # the last one
     writes: dict[int, int] = field(default_factory=dict)  # the last one
-    draws: list[int] = field(default_factory=list)  # outside of masking layers
+    draws: list[tuple[int, bool]] = field(default_factory=list)  # outside of masking layers; whether one row a sample
     calls: list[_Call] = field(default_factory=list)
     stack: list[_Call] = field(default_factory=list)
 
@@ -119,7 +119,8 @@ class _Log(TorchDispatchMode):
         for key in _keys(output) - read:
             self.born.setdefault(key, now)
         if torch.Tag.nondeterministic_seeded in func.tags and not any(is_masking(c.module) for c in self.stack):
-            self.draws.append(now)
+            shape = output.shape if isinstance(output, torch.Tensor) else ()
+            self.draws.append((now, shape[:1] == (_IMAGES,)))
         return output
 
     def on_input(self, name: str) -> Callable[..., None]:
@@ -181,14 +182,16 @@ def trace_flow(model: nn.Module, sites: Sequence[Site], input_size: Sequence[int
         found = next((restart for restart in entries if restart is not None), None)
         if found is None:
             continue
-        kind = (found.join.split('.')[0], len(found.inputs), *(type(c.module) for c in (*call.stack, call)))
+        resized = tuple(c.shape[2:] == c.returned[2:] for c in log.calls if c.name in found.inside)
+        kind = (found.join.split('.')[0], len(found.inputs), resized, *(type(c.module) for c in (*call.stack, call)))
         if kind not in works:
             works[kind] = _works(model, found, log, input_size)
         if works[kind]:
             restarts[site.name] = found
             last = max(last, next(c.exit for c in log.calls if c.name == found.join))
     last = max([last, *(call.exit for call in log.calls if call.name in restarts)])
-    return Flow(restarts, bool(log.draws) and min(log.draws) > last, all(c.shape[:1] == (_IMAGES,) for c in masking))
+    per_sample = all(c.shape[:1] == (_IMAGES,) for c in masking) and all(rows for _, rows in log.draws)
+    return Flow(restarts, bool(log.draws) and min(now for now, _ in log.draws) > last, per_sample)
 
 
 def _enter(site: Site, call: _Call, log: _Log, counts: Mapping[nn.Module, int]) -> Restart | None:
@@ -225,7 +228,8 @@ def _enter(site: Site, call: _Call, log: _Log, counts: Mapping[nn.Module, int]) 
 def _works(model: nn.Module, restart: Restart, log: _Log, input_size: Sequence[int]) -> bool:
     """Whether a pass that begins there, with fewer samples, calls the same modules and returns the same shapes.
 
-    It would not where the size of something that is skipped is read.
+    It would not where the size of something that is skipped is read. (A size that is made a number and multiplied with
+    cannot be seen.)
     """
     calls = {c.name: c for c in log.calls}
     kept = {name: torch.empty(_FEWER, *calls[name].shape[1:], device='meta') for name in restart.inputs}

@@ -924,7 +924,7 @@ def test_two_processes(tmp_path):
 @pytest.mark.filterwarnings('ignore:.*create_graph=True:UserWarning')
 def test_gradients_with_a_graph():
     """After backward(create_graph=True), as timm's loop asks for Adahessian, rewards are constants as ever."""
-    # BUG: rewards keep the graph of the gradient, and the critic's loss then teaches the network through it
+
     model, input, target = make_case()
     with_graph = make_task(copy.deepcopy(model), actor_weight=0.0)
     plain = make_task(model, actor_weight=0.0)
