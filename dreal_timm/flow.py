@@ -4,7 +4,7 @@ A pass can begin at a call of a module if all that is read after its begin, and 
 argument of that call or of one that contains it (the shortcut of a residual block, say), and nothing that is computed
 in front of it outside of modules has to be skipped. That holds wherever blocks run one after the other.
 """
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,28 @@ class Flow:
     restarts: Mapping[str, Restart | None]
     functional: bool
     per_sample: bool
+
+
+class _Checked(Mapping[str, Restart | None]):
+    """How a pass can begin at each site; it is tried out on the meta device when a site is first asked for."""
+
+    def __init__(self, plans: Mapping[str, Restart | None], works: Callable[[Restart], bool]):
+        self._plans = dict(plans)
+        self._works = works
+        self._tried: set[str] = set()
+
+    def __getitem__(self, name: str) -> Restart | None:
+        plan = self._plans[name]
+        if plan is not None and name not in self._tried:
+            self._tried.add(name)
+            self._plans[name] = plan if self._works(plan) else None
+        return self._plans[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plans)
+
+    def __len__(self) -> int:
+        return len(self._plans)
 
 
 @dataclass(eq=False)
@@ -113,8 +135,9 @@ class _Log(TorchDispatchMode):
         call.inline = min(call.inline, now)
         read = _keys((args, kwargs))
         self.reads.update(dict.fromkeys(read, now))
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
                 self.writes.update(dict.fromkeys(_keys(value), now))
         for key in _keys(output) - read:
             self.born.setdefault(key, now)
@@ -172,25 +195,18 @@ def trace_flow(model: nn.Module, sites: Sequence[Site], input_size: Sequence[int
         counts[call.module] = counts.get(call.module, 0) + 1
     replayed = [m for m in counts if isinstance(m, _BatchNorm) or is_masking(m)]
     masking = [c for c in log.calls if is_masking(c.module)]
-    restarts: dict[str, Restart | None] = dict.fromkeys(site.name for site in sites)
+    plans: dict[str, Restart | None] = dict.fromkeys(site.name for site in sites)
     last = 0
-    works: dict[Any, bool] = {}
     # what was recorded of a layer is told apart by its place in the order of its calls, which a restart would change
     for site in sites if all(counts[module] == 1 for module in replayed) else ():
         call = next(c for c in log.calls if c.name == site.name)
         entries = (_enter(site, entry, log, counts) for entry in (call, *reversed(call.stack[1:])))
-        found = next((restart for restart in entries if restart is not None), None)
-        if found is None:
-            continue
-        resized = tuple(c.shape[2:] == c.returned[2:] for c in log.calls if c.name in found.inside)
-        kind = (found.join.split('.')[0], len(found.inputs), resized, *(type(c.module) for c in (*call.stack, call)))
-        if kind not in works:
-            works[kind] = _works(model, found, log, input_size)
-        if works[kind]:
-            restarts[site.name] = found
+        found = plans[site.name] = next((restart for restart in entries if restart is not None), None)
+        if found is not None:
             last = max(last, next(c.exit for c in log.calls if c.name == found.join))
-    last = max([last, *(call.exit for call in log.calls if call.name in restarts)])
+    last = max([last, *(call.exit for call in log.calls if call.name in plans)])
     per_sample = all(c.shape[:1] == (_IMAGES,) for c in masking) and all(rows for _, rows in log.draws)
+    restarts = _Checked(plans, lambda restart: _works(model, restart, log, input_size))
     return Flow(restarts, bool(log.draws) and min(now for now, _ in log.draws) > last, per_sample)
 
 

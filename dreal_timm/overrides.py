@@ -55,6 +55,7 @@ def weights_on_meta(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for tensors, own in saved:
+            tensors.clear()  # a module may have made a buffer meanwhile
             tensors.update(own)
 
 

@@ -47,7 +47,7 @@ def test_train_and_validate(digits, tmp_path, capsys):
     (['train', 'quickstart', 'data_dir=/nowhere'], "no folder '/nowhere'"),
     (['train', 'quickstart', 'epochs=few'], "epochs: expected a whole number, got 'few'"),
     (['train', 'quickstart', 'epochs'], 'Expected key=value'),
-    (['train', 'quickstart', 'dreal.probe=guess'], "Unknown probe 'guess'"),
+    (['train', 'quickstart', 'dreal.probe=guess'], "dreal.probe: expected one of 'exact', 'split', 'taylor'"),
     (['validate', '/nowhere/at/all', '--data', '.'], "No folder '/nowhere/at/all'"),
     (['recipes', '--copy', 'nothing'], "No recipe 'nothing'"),
     (['train', 'quickstart', 'aa=foo'], 'AssertionError'),

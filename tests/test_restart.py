@@ -468,6 +468,15 @@ class ConvTwice(Body):
         return self.conv(self.se(self.conv(x)))
 
 
+class OverwrittenBefore(Body):
+    """What a module in front of the site returned is overwritten; skipped, it would return what it was given."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        y.mul_(2)
+        return self.out(self.se(y)) + x
+
+
 class Overwritten(Body):
     """The block's input is overwritten after the site."""
 
@@ -699,6 +708,53 @@ class RootImage(Net):
         return super().forward(x) + x.mean((1, 2, 3))[:, None]
 
 
+class Shuffled(nn.Module):
+    """The number of channels before the site is used after it; blocks differ in that number alone."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(8, channels, 1)
+        self.se = attend(channels)
+        self.out = nn.Conv2d(channels, 8, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        channels = y.shape[1]
+        return self.out(self.se(y).unflatten(1, (2, channels // 2)).transpose(1, 2).flatten(1, 2)) + x
+
+
+class SizeBetween(nn.Module):
+    """The size of what is between two blocks is used after the second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = Residual(), Residual()
+        self.last = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.left(x)
+        size = x.shape[2:]
+        return self.last(F.interpolate(self.right(x), size=size))
+
+
+class OverwrittenByName(Body):
+    """The block's input is overwritten after the site, as an argument that is given by name."""
+
+    def forward(self, x):
+        y = self.out(self.se(self.conv(x)))
+        torch.mul(x, 0.5, out=x)
+        return y + x
+
+
+class RootOverwritten(Net):
+    """What the stem returned is overwritten, by no module; skipped, it returns the images."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        x.mul_(2)
+        return self.fc(self.body(self.first(x)).mean((2, 3)))
+
+
 class EarlyBatch(Net):
     """The number of images is read at the beginning and used at the end."""
 
@@ -747,6 +803,7 @@ BODIES = {
     'conv_twice': (lambda: Net(ConvTwice()), {'body.se': ('body',)}),
     'doubled_first': (lambda: Net(Around(DoubledFirst(), shortcut=False)), {'body.inner.se': ('body',)}),
     'activated_first': (lambda: Net(Around(ActivatedFirst(), shortcut=False)), {'body.inner.se': ('body',)}),
+    'overwritten_before': (lambda: Net(OverwrittenBefore()), {'body.se': ('body',)}),
     'overwritten': (lambda: Net(Overwritten()), {'body.se': None}),
     'overwritten_later': (lambda: Net(OverwrittenLater()), {'body.se.se': None}),
     'left_tensor': (lambda: Net(LeftTensor()), {'body.se': ('body',)}),
@@ -760,12 +817,17 @@ BODIES = {
     'norm_twice': (lambda: Net(NormTwice()), {'first.se': None, 'body.se': None}),
     'root_shortcut': (lambda: RootShortcut(Residual()), {'body.se': None}),
     'root_image': (lambda: RootImage(Residual()), {'first.se': None, 'body.se': None}),
+    'root_overwritten': (lambda: RootOverwritten(Residual()), {'first.se': None, 'body.se': None}),
     'early_batch': (lambda: EarlyBatch(Residual()), {'first.se': None, 'body.se': None}),
     'position': (lambda: Position(Residual()), {'first.se': None, 'body.se': None}),
     # the size of what would be skipped is used after it
     'size_before': (lambda: Net(SizeBefore()), {}),
     'strides_1_2': (lambda: Net(nn.Sequential(Strided(1), Strided(2))), {}),
     'strides_2_1': (lambda: Net(nn.Sequential(Strided(2), Strided(1))), {}),
+    'channels_8_16': (lambda: Net(nn.Sequential(Shuffled(8), Shuffled(16))), {}),
+    'channels_16_8': (lambda: Net(nn.Sequential(Shuffled(16), Shuffled(8))), {}),
+    'size_between': (lambda: Net(SizeBetween()), {}),
+    'overwritten_by_name': (lambda: Net(OverwrittenByName()), {'body.se': None}),
 }
 
 
@@ -792,7 +854,7 @@ def test_networks_by_hand(body, monkeypatch):
     for kind in (LeavesTensor, ReturnsPair):
         monkeypatch.setitem(READERS, kind, READERS[SEModule])
     build, expected = BODIES[body]
-    graph = not body.startswith('overwritten')  # autograd minds what these two do
+    graph = body not in ('overwritten', 'overwritten_later', 'overwritten_by_name')  # autograd minds what these do
     case = study(make_net(build), batch=5, size=16, graph=graph)
     begins = {name: restart and restart.inputs for name, restart in case.flow.restarts.items()}
     assert begins == begins | {'first.se': ('first', 'first.se')} | expected
@@ -994,3 +1056,21 @@ def test_a_trace_of_a_network_that_draws_on_the_cpu():
     flow = trace_flow(net, sites, (3, 16, 16))
     assert flow.functional
     assert snapshot(net) == before
+
+
+def test_a_trace_of_a_module_that_makes_its_buffer_when_called():
+    """What a module makes of its first input is made again after the trace, not left on the meta device."""
+
+    class Grid(nn.Module):
+        def forward(self, x):
+            if 'grid' not in self._buffers:
+                self.register_buffer('grid', torch.ones_like(x[:1]), persistent=False)
+            return x * self.grid
+
+    net = make_net(lambda: Net(nn.Sequential(Residual(), Grid())))
+    sites = find_sites(net, (3, 16, 16))
+    trace_flow(net, sites, (3, 16, 16))
+    assert net.body[1]._buffers == {}
+    case = study(net, batch=5, size=16)
+    assert net.body[1].grid.device.type == 'cpu'
+    assert_probes(case)
