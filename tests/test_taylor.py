@@ -788,7 +788,7 @@ def test_gradient_checkpointing(attention):
 @pytest.mark.filterwarnings('ignore:.*requires_grad=True:UserWarning')  # of torch's checkpoint
 def test_reentrant_gradient_checkpointing():
     """Rewards arrive with timm's reentrant checkpointing too."""
-  
+
     # are NaN in every step, without a word. An error that says so would do as well.
     model, input, target = make_case()
     expected = rewards_of(make_task(copy.deepcopy(model)), input, target)
