@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from dreal_timm.attention import Site, on_meta
 from dreal_timm.draws import is_masking
-from dreal_timm.overrides import module_flags, replaced_forward
+from dreal_timm.overrides import Hooks, forward_hooks, hooks_of, module_flags, replaced_forward
 from dreal_timm.restart import Restart, restarted, skipped
 
 __all__ = ['Flow', 'trace_flow']
@@ -206,7 +206,8 @@ def trace_flow(model: nn.Module, sites: Sequence[Site], input_size: Sequence[int
             last = max(last, next(c.exit for c in log.calls if c.name == found.join))
     last = max([last, *(call.exit for call in log.calls if call.name in plans)])
     per_sample = all(c.shape[:1] == (_IMAGES,) for c in masking) and all(rows for _, rows in log.draws)
-    restarts = _Checked(plans, lambda restart: _works(model, restart, log, input_size))
+    hooks = hooks_of(model)
+    restarts = _Checked(plans, lambda restart: _works(model, restart, log, hooks, input_size))
     return Flow(restarts, bool(log.draws) and min(now for now, _ in log.draws) > last, per_sample)
 
 
@@ -241,11 +242,11 @@ def _enter(site: Site, call: _Call, log: _Log, counts: Mapping[nn.Module, int]) 
     return Restart(site, join.name, tuple(c.name for c in inputs), outside, inside)
 
 
-def _works(model: nn.Module, restart: Restart, log: _Log, input_size: Sequence[int]) -> bool:
+def _works(model: nn.Module, restart: Restart, log: _Log, hooks: Hooks, input_size: Sequence[int]) -> bool:
     """Whether a pass that begins there, with fewer samples, calls the same modules and returns the same shapes.
 
     It would not where the size of something that is skipped is read. (A size that is made a number and multiplied with
-    cannot be seen.)
+    cannot be seen.) Hooks that were registered after the trace are not called.
     """
     calls = {c.name: c for c in log.calls}
     kept = {name: torch.empty(_FEWER, *calls[name].shape[1:], device='meta') for name in restart.inputs}
@@ -259,7 +260,7 @@ def _works(model: nn.Module, restart: Restart, log: _Log, input_size: Sequence[i
             return forward(begin, *args, **kwargs)
 
     try:
-        with skipped(model, restart.outside), replaced_forward(join, entered):
+        with forward_hooks(model, hooks), skipped(model, restart.outside), replaced_forward(join, entered):
             again = _trace(model, lambda: on_meta(model, input_size, _IMAGES))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
         return False

@@ -1,12 +1,17 @@
 """Overrides: what is changed in a network for a while, and given back whatever happens"""
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ['module_flags', 'replaced_forward', 'scratch_buffers', 'weights_on_meta']
+__all__ = [
+    'Hooks', 'forward_hooks', 'hooks_of', 'module_flags', 'replaced_forward', 'scratch_buffers', 'weights_on_meta']
+
+Hooks = Mapping[str, Mapping[str, Mapping[int, Callable[..., Any]]]]
+_HOOKS = ('_forward_pre_hooks', '_forward_hooks')
 
 
 @contextmanager
@@ -71,3 +76,21 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = own
+
+
+def hooks_of(model: nn.Module) -> Hooks:
+    """Return a copy of the lists of forward hooks of all modules, by the modules' names."""
+    return {name: {hooks: OrderedDict(m.__dict__[hooks]) for hooks in _HOOKS} for name, m in model.named_modules()}
+
+
+@contextmanager
+def forward_hooks(model: nn.Module, hooks: Hooks) -> Iterator[None]:
+    """Let modules have the forward hooks of then (`hooks_of`), and none that came later."""
+    own = [(m, {name: m.__dict__[name] for name in _HOOKS}) for m in model.modules()]
+    try:
+        for name, module in model.named_modules():
+            module.__dict__.update({key: OrderedDict(value) for key, value in hooks.get(name, {}).items()})
+        yield
+    finally:
+        for module, lists in own:
+            module.__dict__.update(lists)

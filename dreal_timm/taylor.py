@@ -7,6 +7,7 @@ answers for every site and sample, and is known only after the backward pass: th
 
 Shape letters: B batch, G groups, L sites in a group, N positions of a map.
 """
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ from dreal_timm.reward import is_correct, reward
 from dreal_timm.trainable import DrealTrainableModule
 
 __all__ = ['Pending', 'TaylorMeasure', 'check_criterion']
+
+_logger = logging.getLogger(__name__)
 
 _HINT = "probe='exact' and probe='split' work with any loss"
 
@@ -88,6 +91,11 @@ class Pending:
 
         loss.register_hook(hook)
 
+    @property
+    def lost(self) -> bool:
+        """Whether there was a backward pass, and a map that it left no gradient at."""
+        return bool(self._scales) and any(tap.grad is None for tap in self.taps.values())
+
     def change(self) -> torch.Tensor:
         """Return the change of the log-probability (or of minus the sample's loss) at every site, (B, L of all groups).
 
@@ -130,6 +138,7 @@ class TaylorMeasure(Measure):
         super().__init__(**kwargs)
         self.groups = list(groups)
         self.target = target
+        self._told = False
         self.pending: Pending | None = None  # an attribute, not a buffer: DDP would send that of the first process
         self._sizes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
 
@@ -166,6 +175,12 @@ class TaylorMeasure(Measure):
         if before is None:
             measured = self.unmeasured(output, target, [site for group in self.groups for site in group.sites])
         else:
+            if before.lost and not self._told:
+                self._told = True
+                _logger.warning(
+                    "probe='taylor': a backward pass left no gradient at some maps, whose rewards are missing. "
+                    'Reentrant gradient checkpointing (timm.layers.set_reentrant_ckpt) does that, the default does not.'
+                )
             rewards = reward(before.change(), before.right, self.gamma, self.clip)
             measured = Measured([site for group in self.groups for site in group.sites], rewards, before.right)
         self.pending = None

@@ -1074,3 +1074,25 @@ def test_a_trace_of_a_module_that_makes_its_buffer_when_called():
     case = study(net, batch=5, size=16)
     assert net.body[1].grid.device.type == 'cpu'
     assert_probes(case)
+
+
+@pytest.mark.parametrize('kind', PROBES)
+def test_later_hooks_see_real_images_alone(kind):
+    """A user's hooks are not called on the meta device; those of before, which the network may need, are, and stay."""
+    model = make_model('se')
+    devices = {'before': [], 'after': []}
+
+    def watch(when):
+        for module in model.modules():
+            module.register_forward_hook(lambda module, args, output: devices[when].append(output.device.type))
+            module.register_forward_pre_hook(lambda module, args: devices[when].append(args[0].device.type))
+
+    watch('before')
+    task = DrealTask(model, probe=kind, input_size=(3, 48, 48), verbose=False)
+    watch('after')
+    hooks = [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items())) for m in model.modules()]
+    input, _ = make_batch(size=48)
+    task(input, correct_targets(model, input))
+    assert set(devices['before']) == {'meta', 'cpu'}
+    assert set(devices['after']) == {'cpu'}
+    assert hooks == [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items())) for m in model.modules()]

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import correct_targets, make_batch, make_model
+from equal import assert_equal
 from oracle import lstm_by_hand, map_by_hand
-from timm.layers import SEModule
+from timm.layers import SEModule, set_reentrant_ckpt
 from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.loss import (
     BinaryCrossEntropy,
@@ -574,23 +575,6 @@ def test_pending_batch_is_not_saved():
     assert abs(written(task.get_trainable_module(ema=True)) - before[0]['ema']) < 500
 
 
-def flat(value, prefix=''):
-    """All tensors and numbers of nested dictionaries and lists, by their paths."""
-    if isinstance(value, dict):
-        return {k: v for name, item in value.items() for k, v in flat(item, f'{prefix}/{name}').items()}
-    if isinstance(value, (list, tuple)):
-        return {k: v for i, item in enumerate(value) for k, v in flat(item, f'{prefix}/{i}').items()}
-    return {prefix: value}
-
-
-def assert_equal(first, second):
-    first, second = flat(first), flat(second)
-    assert set(first) == set(second)
-    for name, value in first.items():
-        same = torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
-        assert same, name
-
-
 def test_resume_is_bit_equal(tmp_path):
     """An epoch, a resume and another one equal two in one run; the critic learns in both of them."""
     def run_task(seed=0):
@@ -782,6 +766,25 @@ def test_gradient_checkpointing(attention):
             results.append({'reward': result['reward'], **gradients(task)})
         assert results[0]['reward'].isfinite().all()
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_reentrant_checkpointing_is_told(caplog):
+    """Where checkpointing keeps the gradient from the maps, there are no rewards, and it is said once."""
+    model, input, target = make_case()
+    task = make_task(model)
+    task.get_eval_model().set_grad_checkpointing(True)
+    set_reentrant_ckpt(True)
+    try:
+        for _ in range(3):
+            result = task(input.requires_grad_(), target)
+            result['loss'].backward()
+    finally:
+        set_reentrant_ckpt(False)
+    assert result['reward'].isnan().all()
+    assert [r.levelname for r in caplog.records if 'left no gradient' in r.message] == ['WARNING']
+    result = task(input, target)
+    result['loss'].backward()
+    assert task(input, target)['reward'].isfinite().all()
 
 
 @pytest.mark.filterwarnings('ignore')  # of the compiler's own

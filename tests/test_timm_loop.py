@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from conftest import make_batch, make_model
+from equal import assert_equal
 from timm.task import ClassificationTask
 from timm_loop import train
 
@@ -17,23 +18,6 @@ def batches(epoch):
 def make_task(seed=0, **kwargs):
     model = make_model('cbam', seed=seed, drop_path_rate=0.1)
     return DrealTask(model, verbose=False, input_size=(3, 48, 48), **kwargs)
-
-
-def flat(value, prefix=''):
-    """All tensors and numbers of nested dictionaries and lists, by their paths."""
-    if isinstance(value, dict):
-        return {k: v for name, item in value.items() for k, v in flat(item, f'{prefix}/{name}').items()}
-    if isinstance(value, (list, tuple)):
-        return {k: v for i, item in enumerate(value) for k, v in flat(item, f'{prefix}/{i}').items()}
-    return {prefix: value}
-
-
-def assert_equal(first, second):
-    first, second = flat(first), flat(second)
-    assert set(first) == set(second)
-    for name, value in first.items():
-        same = torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
-        assert same, name
 
 
 def test_resume_is_bit_equal(tmp_path, probe):

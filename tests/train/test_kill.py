@@ -8,28 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from equal import assert_equal
 from small_run import recipe
 
 from dreal_timm.train import run
 
 HERE = Path(__file__).parent
-
-
-def assert_equal(first, second, where='checkpoint'):
-    """Every tensor and every number is equal, bit for bit."""
-    assert type(first) is type(second), where
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert list(first) == list(second), where
-        for name in first:
-            assert_equal(first[name], second[name], f'{where}.{name}')
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), where
-        for index, (one, two) in enumerate(zip(first, second, strict=True)):
-            assert_equal(one, two, f'{where}[{index}]')
-    else:
-        assert first == second, where
 
 
 @pytest.mark.parametrize(('workers', 'dreal'), [

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from equal import assert_equal
 from safetensors.torch import save_file
 from small_run import GROUP_NORM, SE, assert_close, before_updates, copied, gradients, recipe, start
 
@@ -41,20 +42,6 @@ def names(directory):
 
 def load(directory, name='last.pth.tar'):
     return torch.load(directory / name, weights_only=True)
-
-
-def assert_equal(first, second, where=''):
-    """Tensors and numbers of two checkpoints are equal, bit for bit."""
-    assert type(first) is type(second), where
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, (dict, list, tuple)):
-        pairs = first.items() if isinstance(first, dict) else enumerate(first)
-        assert len(first) == len(second), where
-        for name, value in pairs:
-            assert_equal(value, second[name], f'{where}.{name}')
-    else:
-        assert first == second, where
 
 
 def cosine(share, high=LR):
