@@ -30,6 +30,10 @@ from timm.task import ClassificationTask, TrainingTask
 import dreal_timm.measure
 import dreal_timm.taylor
 from dreal_timm import DrealTask
+from dreal_timm.attention import Site
+from dreal_timm.passes import Judged
+from dreal_timm.probe import Probe
+from dreal_timm.restart import Restart
 
 PROBES = ('exact', 'split', 'taylor')
 DTYPES = {'none': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -42,6 +46,17 @@ def count_as_right(share: float) -> None:
 
     dreal_timm.measure.is_correct = is_correct
     dreal_timm.taylor.is_correct = is_correct
+
+
+def begin_at(place: str) -> None:
+    """Let counterfactual passes begin at the sites ('site'), at the blocks around them, or with the images."""
+    restart = Probe.restart
+
+    def changed(self: Probe, judged: Judged, site: Site) -> Restart | None:
+        found = restart(self, judged, site)
+        return None if found is None or place == 'image' else found.within() if place == 'block' else found
+
+    setattr(Probe, 'restart', changed)  # noqa: B010 (mypy allows no assignment to a method)
 
 
 def visit_every_site(task: DrealTask, steps: int) -> None:
@@ -193,6 +208,7 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--right', nargs='+', type=float, default=[1.0, 0.75], help='shares of right samples')
     parser.add_argument('--probe-every', type=int, default=1)
+    parser.add_argument('--begin', choices=('site', 'block', 'image'), default='site', help='of counterfactual passes')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--steps', type=int, help='steps of a round; as many as visit every site')
     parser.add_argument('--warm-up', type=int, default=2)
@@ -208,6 +224,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    begin_at(args.begin)
     if args.only:
         print(peak(args.only[0], args.only[1], args, device))
         return

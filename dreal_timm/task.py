@@ -83,9 +83,9 @@ class DrealTask(ClassificationTask):
         verbose: Enable info logging.
         gamma: Penalty of a wrongly classified sample (Eq. 1).
         actor_weight: Weight of L_q. With 0 the model learns exactly as it does without a critic.
-        probe: How rewards are measured: 'exact', a counterfactual pass for each group; 'split', in which each sample
-            answers for one group; 'taylor', to first order from the gradient that the backward pass computes anyway,
-            for all sites, of which the critic learns in the next step.
+        probe: How rewards are measured: 'split', one counterfactual pass in which each sample answers for one group;
+            'exact', one for each group (Algorithm 1); 'taylor', to first order from the gradient that the backward
+            pass computes anyway, for all sites, of which the critic learns in the next step.
         probe_every: Rewards are measured in every so many steps; in those between the critic's judgement alone goes on
             to teach.
         taylor_target: 'loss' lets 'taylor' measure by each sample's own class loss l, R = 1 - exp(-(l' - l)), which
@@ -128,7 +128,7 @@ class DrealTask(ClassificationTask):
             *,
             gamma: float = 1.0,
             actor_weight: float = 1.0,
-            probe: str = 'exact',
+            probe: str = 'split',
             probe_every: int = 1,
             taylor_target: str | None = None,
             rotate: str | int = 'epoch',

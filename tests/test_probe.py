@@ -83,7 +83,7 @@ def test_rewards_equal_the_slow_oracle(attention, mode, dtype):
     model = prepare(attention, mode, dtype, drop_rate=0.2, drop_path_rate=0.3)
     input, _ = make_batch(dtype=dtype)
     target = correct_targets(model, input, seed=11)
-    task = DrealTask(model, verbose=False, input_size=(3, 64, 64))
+    task = DrealTask(model, verbose=False, probe='exact', input_size=(3, 64, 64))
     twin = copy.deepcopy(model)
     torch.manual_seed(11)
     result = task(input, target)
@@ -105,7 +105,7 @@ def test_every_site_of_a_group_is_probed_right(attention):
         if isinstance(module, SrmModule):
             nn.init.normal_(module.cfc, std=0.5)
     input, _ = make_batch(batch_size=6, size=48, dtype=torch.float64)
-    task = DrealTask(model, verbose=False, input_size=(3, 48, 48))
+    task = DrealTask(model, verbose=False, probe='exact', input_size=(3, 48, 48))
     target = correct_targets(model, input, seed=11)
     probed = set()
     for epoch in range(2):
@@ -222,7 +222,7 @@ def test_an_exception_in_a_pass_leaves_no_trace(attention):
 def test_an_exception_in_the_judged_pass_leaves_no_hook():
     """An exception inside the task's own pass leaves no hook."""
     model = prepare('cbam')
-    task = DrealTask(model, verbose=False, input_size=(3, 64, 64))
+    task = DrealTask(model, verbose=False, probe='exact', input_size=(3, 64, 64))
     task.get_trainable_module().train()
     hooks = everything(model)['hooks']
     with pytest.raises(RuntimeError):
@@ -277,18 +277,19 @@ def test_float32_under_autocast():
     model = prepare('se', 'frozen_batch_norm')
     input, _ = make_batch()
     target = correct_targets(model, input)
-    plain = DrealTask(copy.deepcopy(model), verbose=False, input_size=(3, 64, 64))(input, target)
+    plain = DrealTask(copy.deepcopy(model), verbose=False, probe='exact', input_size=(3, 64, 64))(input, target)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        careful = DrealTask(copy.deepcopy(model), verbose=False, input_size=(3, 64, 64), probe_dtype='float32')
+        careful = DrealTask(
+            copy.deepcopy(model), verbose=False, probe='exact', input_size=(3, 64, 64), probe_dtype='float32')
         exact = careful(input, target)
-        rough = DrealTask(copy.deepcopy(model), verbose=False, input_size=(3, 64, 64))(input, target)
+        rough = DrealTask(copy.deepcopy(model), verbose=False, probe='exact', input_size=(3, 64, 64))(input, target)
     torch.testing.assert_close(exact['reward'], plain['reward'], rtol=0, atol=1e-4)
     assert (rough['reward'] - plain['reward']).abs().max() > 1e-4
 
 
 def test_noise_of_low_precision_is_logged_once(caplog):
     """Under autocast the rms of the null probe is logged once, beside the spread of the rewards."""
-    task = DrealTask(prepare('se'), verbose=False, input_size=(3, 64, 64))
+    task = DrealTask(prepare('se'), verbose=False, probe='exact', input_size=(3, 64, 64))
     input, target = make_batch()
     with caplog.at_level('INFO'), torch.autocast('cpu', dtype=torch.bfloat16):
         task(input, target)

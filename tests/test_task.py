@@ -1,9 +1,10 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
-from conftest import correct_targets, make_batch, make_model
+from conftest import ATTENTION, correct_targets, make_batch, make_model
 from oracle import lstm_by_hand, map_by_hand
 from timm.layers import SEModule
 from timm.loss import SoftTargetCrossEntropy
@@ -14,13 +15,13 @@ from torch import nn
 import dreal_timm
 from dreal_timm import DrealTask
 from dreal_timm.attention import attention_parameters
+from dreal_timm.probe import ExactProbe
 
 SIZE = (3, 64, 64)
 
 
 def make_task(model, **kwargs):
-    kwargs.setdefault('input_size', SIZE)
-    task = DrealTask(model, verbose=False, **kwargs)
+    task = DrealTask(model, verbose=False, **{'input_size': SIZE, 'probe': 'exact', **kwargs})
     task.get_trainable_module().train()
     return task
 
@@ -560,3 +561,31 @@ def test_public_surface():
     assert isinstance(dreal_timm.__version__, str)
     assert issubclass(dreal_timm.DrealTask, ClassificationTask)
     assert {'find_sites', 'register_attention', 'Reader', 'Critic'} <= set(dir(dreal_timm))
+
+
+@pytest.mark.parametrize('attention', ATTENTION)
+def test_one_look_at_the_device_a_step(attention, probe, monkeypatch):
+    """A step reads one number from the device at most, how many samples are right, and only where some may stay behind.
+
+    On the meta device, as on an accelerator, nothing can be read without the host waiting for it: there it is an error.
+    """
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())  # has no meta device
+    model = make_model(attention, drop_path_rate=0.1).to('meta')
+    task = make_task(model, probe=probe, device=torch.device('meta'))
+    input, target = (tensor.to('meta') for tensor in make_batch(size=48))
+
+    def step():
+        result = task(input, target)
+        result['loss'].backward()
+        return result
+
+    looks = []
+    rows = ExactProbe._rows
+    monkeypatch.setattr(ExactProbe, '_rows', lambda self, right: looks.append(right.shape))
+    for _ in range(3):
+        assert step()['reward'].shape[0] == len(input)
+    assert len(looks) == (3 if probe == 'exact' else 0)
+    if probe == 'exact':
+        monkeypatch.setattr(ExactProbe, '_rows', rows)
+        with pytest.raises((RuntimeError, NotImplementedError), match='meta'):
+            step()

@@ -17,7 +17,7 @@ def batches(epoch):
 
 def make_task(seed=0, **kwargs):
     model = make_model('cbam', seed=seed, drop_path_rate=0.1)
-    return DrealTask(model, verbose=False, input_size=(3, 48, 48), **kwargs)
+    return DrealTask(model, verbose=False, input_size=(3, 48, 48), **{'probe': 'exact', **kwargs})
 
 
 def test_resume_is_bit_equal(tmp_path, probe):

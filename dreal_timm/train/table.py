@@ -166,7 +166,7 @@ DREAL_KEYS = [
     Key('freeze', 'str', '', "'backbone' trains attention modules and classifier alone", choices=('', 'backbone')),
     Key('gamma', 'float', 1.0, 'penalty of a wrongly classified sample', minimum=0),
     Key('actor_weight', 'float', 1.0, 'weight of L_q', minimum=0),
-    Key('probe', 'str', 'exact', 'how rewards are measured', choices=('exact', 'split', 'taylor')),
+    Key('probe', 'str', 'split', 'how rewards are measured', choices=('exact', 'split', 'taylor')),
     Key('probe_every', 'int', 1, 'rewards are measured in every so many steps', minimum=1),
     Key('taylor_target', 'str', None, "'loss' lets taylor measure by each sample's own loss", choices=('loss',)),
     Key('rotate', 'rotate', 'epoch', "when another site is probed: 'epoch', 'step' or a number of steps"),
