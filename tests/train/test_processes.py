@@ -287,10 +287,11 @@ def _run_and_tell(values, never_right):
 
 
 _RUNS = {
-    'plain': ({'batch_size': 4}, False),
+    'plain': ({'batch_size': 4, 'dreal': {'probe': 'exact'}}, False),
     'all': ({
+        'dreal': {'probe': 'exact', 'rotate': 'step'},
         'batch_size': 6, 'grad_accum_steps': 2, 'model_ema': True, 'model_ema_decay': 0.5, 'clip_grad': 5.0,
-        'log_with': ['tensorboard'], 'log_interval': 1, 'dreal': {'rotate': 'step'}, 'validation_batch_size': 3,
+        'log_with': ['tensorboard'], 'log_interval': 1, 'validation_batch_size': 3,
     }, True),
 }
 

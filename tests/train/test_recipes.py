@@ -53,8 +53,8 @@ EFFECTIVE = {
         'reprob': 0.1, 'checkpoint_hist': 3, 'log_interval': 20,
     },
 }
-DREAL = {'finetune': {'rotate': 'step'}}
 IMAGENET = ('imagenet_resnet50', 'imagenet_resnet101')
+DREAL = {'finetune': {'rotate': 'step'}, **{name: {'probe': 'exact'} for name in IMAGENET}}
 
 
 @pytest.mark.parametrize('name', sorted(list_recipes()))

@@ -122,7 +122,8 @@ def test_precision(few, tmp_path, steps):
 @pytest.mark.parametrize('accum', [2, 3, 9, 20])
 def test_accumulation(images, tmp_path, accum):
     """Joined steps are an update with the large batch, of critic and network; the last joins what is left of 9."""
-    values = dict(model_kwargs=GROUP_NORM, grad_accum_steps=accum, lr=None, lr_base=0.064, **SMALL)
+    values = dict(
+        model_kwargs=GROUP_NORM, grad_accum_steps=accum, lr=None, lr_base=0.064, dreal={'probe': 'exact'}, **SMALL)
     state, by_hand = (start(images, tmp_path, **values) for _ in range(2))
     assert state.config.lr == pytest.approx(0.064 * 4 * accum / 256)
     updates = before_updates(state, lambda: None)
@@ -147,7 +148,7 @@ def test_accumulation_is_a_run_of_the_large_batch(images, tmp_path):
     for name, batch_size, accum in (('small', 4, 3), ('large', 12, 1)):
         state = start(
             images, tmp_path, experiment=name, model_kwargs=GROUP_NORM, no_aug=True, batch_size=batch_size,
-            grad_accum_steps=accum, lr=None, lr_base=0.064, sched_on_updates=True)
+            grad_accum_steps=accum, lr=None, lr_base=0.064, sched_on_updates=True, dreal={'probe': 'exact'})
         fit(state)
         ends.append(copied(state.task.get_trainable_module()))
     assert_close(*ends, 1e-5)
