@@ -137,6 +137,7 @@ class TaylorMeasure(Measure):
         check_criterion(criterion, target)
         super().__init__(**kwargs)
         self.groups = list(groups)
+        self._sites = [site for group in self.groups for site in group.sites]
         self.target = target
         self._told = False
         self.pending: Pending | None = None  # an attribute, not a buffer: DDP would send that of the first process
@@ -168,22 +169,17 @@ class TaylorMeasure(Measure):
                 f"probe='taylor' needs class indices, got soft targets; {_HINT}, and taylor_target='loss' measures "
                 "rewards by each sample's own loss."
             )
-        before = self.pending
+        before, self.pending = self.pending, None
+        asked, measured = None, None
+        if before is not None:
+            asked = before.states, before.maps
+            measured = self._measured(before)
+            before = None  # taps and gradients are gone when the next ones are made
         taps = self._taps(trainable.model, input) if trainable.rotation.due else None
-        judged = call(input, taps=taps, pending=None if before is None else (before.states, before.maps))
+        judged = call(input, taps=taps, pending=asked)
         output = judged['output'].detach()
-        if before is None:
-            measured = self.unmeasured(output, target, [site for group in self.groups for site in group.sites])
-        else:
-            if before.lost and not self._told:
-                self._told = True
-                _logger.warning(
-                    "probe='taylor': a backward pass left no gradient at some maps, whose rewards are missing. "
-                    'Reentrant gradient checkpointing (timm.layers.set_reentrant_ckpt) does that, the default does not.'
-                )
-            rewards = reward(before.change(), before.right, self.gamma, self.clip)
-            measured = Measured([site for group in self.groups for site in group.sites], rewards, before.right)
-        self.pending = None
+        if measured is None:
+            measured = self.unmeasured(output, target, self._sites)
         if taps is not None:
             classes, known = self.classes(output, target)
             states, maps = (
@@ -192,6 +188,16 @@ class TaylorMeasure(Measure):
             )
             self.pending = Pending(states, maps, taps, is_correct(log_probabilities(output), classes), known)
         return judged, measured
+
+    def _measured(self, pending: Pending) -> Measured:
+        if pending.lost and not self._told:
+            self._told = True
+            _logger.warning(
+                "probe='taylor': a backward pass left no gradient at some maps, whose rewards are missing. Reentrant "
+                'gradient checkpointing (timm.layers.set_reentrant_ckpt) does that, the default does not.'
+            )
+        rewards = reward(pending.change(), pending.right, self.gamma, self.clip)
+        return Measured(self._sites, rewards, pending.right)
 
     def watch(self, loss: torch.Tensor) -> None:
         if self.pending is not None:
