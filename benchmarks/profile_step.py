@@ -2,10 +2,12 @@
 
 FLOPs of matrix products and convolutions are counted over a round of steps that visits every site, with all samples
 right; their ratio to plain training's is what a probe would cost if nothing but arithmetic took time. Time is that of
-the operations themselves, without their children, a step.
+the operations themselves, without their children, a step. Page faults are memory that the C library's allocator gave
+back to the system at the end of a step, and gets again.
 """
 import argparse
 import copy
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ def flops(stepper: step_time.Stepper, batch: tuple[torch.Tensor, torch.Tensor], 
         for _ in range(steps):
             stepper.step(batch)
     return counter.get_total_flops() / steps
+
+
+def faults(stepper: step_time.Stepper, batch: tuple[torch.Tensor, torch.Tensor], steps: int) -> float:
+    """Return the pages of memory that the system had to give the process, a step."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        stepper.step(batch)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / steps
 
 
 def times(stepper: step_time.Stepper, batch: tuple[torch.Tensor, torch.Tensor], steps: int) -> dict[str, tuple]:
@@ -58,7 +68,7 @@ def main() -> None:
     batch = step_time.make_batch(args, device)
     rows: list[dict[str, Any]] = []
     steps = 0
-    measured: dict[str, tuple[float, dict]] = {}
+    measured: dict[str, tuple[float, float, dict]] = {}
     for probe in ('plain', *args.probes):
         stepper = step_time.Stepper(probe, copy.deepcopy(model), args, device)
         if isinstance(stepper.task, DrealTask):
@@ -66,13 +76,13 @@ def main() -> None:
             step_time.visit_every_site(stepper.task, steps)
         for _ in range(2):
             stepper.step(batch)
-        measured[probe] = flops(stepper, batch, max(steps, 1)), times(stepper, batch, 4)
-    base, plain = measured['plain']
-    for probe, (count, found) in measured.items():
+        measured[probe] = flops(stepper, batch, max(steps, 1)), faults(stepper, batch, 4), times(stepper, batch, 4)
+    base, _, plain = measured['plain']
+    for probe, (count, pages, found) in measured.items():
         total = sum(value for value, _ in found.values())
         before = sum(value for value, _ in plain.values())
         floor = f'{count / 1e9:.1f} GFLOP a step, floor {count / base:.3f}'
-        print(f'{probe:6} {floor}; {total:.0f} ms, {total / before:.3f}')
+        print(f'{probe:6} {floor}; {total:.0f} ms, {total / before:.3f}; {pages:.0f} page faults')
         zero = (0.0, 0.0)
         extra = sorted(((found[key][0] - plain.get(key, zero)[0], key) for key in found), reverse=True)[:args.top]
         for milliseconds, key in extra if probe != 'plain' else []:
@@ -80,7 +90,7 @@ def main() -> None:
             print(f'    {milliseconds:+8.1f} ms  {key:45} {calls}')
         rows.append({
             'probe': probe, 'gflop': count / 1e9, 'floor': count / base, 'milliseconds': total,
-            'ratio': total / before, 'operations': {key: found[key] for _, key in extra},
+            'ratio': total / before, 'page_faults': pages, 'operations': {key: found[key] for _, key in extra},
         })
     report.write(args.output or report.RESULTS / f'profile-{device.type}.json', header, rows)
 
