@@ -5,7 +5,6 @@ and by the modules themselves; the states from what the gates pooled, and by poo
 at its attention sites; the ways of a part take turns.
 """
 import argparse
-import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,13 +40,6 @@ class Cells(nn.Module):
                 hidden = cell(torch.cat([state.flatten(1), attention.flatten(1)], dim=1), hidden)
                 columns.append(hidden[0])
         return torch.cat(columns, dim=1)
-
-
-class Joined(RecurrentCritic):
-    """Critics that hand state beside map to the sequence call, as they do on a GPU."""
-
-    def _project(self, state: torch.Tensor, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat([state, attention], dim=2), cast(torch.Tensor, self.rnn.weight_ih_l0)
 
 
 def learn(critic: nn.Module, states: dict[str, torch.Tensor], maps: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -111,11 +103,7 @@ def main() -> None:
     )
     critic = Critic({group.name: group.size for group in groups}, device=device)
     cells = Cells(critic).to(device)
-    joined = copy.deepcopy(critic)
-    for one in joined.values():
-        one.__class__ = Joined
-    for other in (cells, joined):
-        torch.testing.assert_close(learn(other, states, maps), learn(critic, states, maps), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(learn(cells, states, maps), learn(critic, states, maps), rtol=1e-3, atol=1e-4)
 
     def by_products() -> None:
         torch.stack([read_map(model, site, readings[site.name]).sum() for site in sites]).sum().backward()
@@ -130,7 +118,6 @@ def main() -> None:
     parts: dict[str, dict[str, Callable[[], Any]]] = {
         'critic': {
             'one call a group': lambda: learn(critic, states, maps),
-            'one call, inputs in one tensor': lambda: learn(joined, states, maps),
             'a loop over the cell': lambda: learn(cells, states, maps),
         },
         'maps for L_q': {'from what the gates pooled': by_products, 'attention modules again': by_modules},

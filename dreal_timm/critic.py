@@ -4,7 +4,7 @@ Shape letters: B batch, L sites in a group, N positions of a map (C, or H * W).
 """
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,19 +88,6 @@ class RecurrentCritic(nn.Module):
             self._told = True
         return F.adaptive_avg_pool2d(x, (self.size[0], self.size[1])).flatten(2)
 
-    def _project(self, state: torch.Tensor, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the sequence call reads, and the first layer's input weights for it.
-
-        On an accelerator that is state beside map, and the weights (cuDNN wants all of an RNN's in one piece). On a CPU
-        the weights are applied beforehand, to all maps at once, which spares a tensor as large as states and maps.
-        """
-        weight = cast(torch.Tensor, self.rnn.weight_ih_l0)
-        if state.device.type != 'cpu':
-            return torch.cat([state, attention], dim=2), weight
-        n = state.shape[2]
-        projected = F.linear(state, weight[:, :n]) + F.linear(attention, weight[:, n:])
-        return projected, torch.eye(len(weight), dtype=weight.dtype)
-
     def forward(self, state: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Return the quality Q of each map, (B, L).
 
@@ -108,11 +95,11 @@ class RecurrentCritic(nn.Module):
             state: Reduced feature maps F~, (B, L, C) or (B, L, H, W), float32.
             attention: Attention maps A, of the same shape.
         """
-        x, first = self._project(self._fit(state), self._fit(attention))
+        x = torch.cat([self._fit(state), self._fit(attention)], dim=2)
         rnn = self.rnn
         start = x.new_zeros(rnn.num_layers, len(x), rnn.hidden_size)
         # not rnn(x): it keeps a list of its weights, past which detached ones from functional_call would have no effect
-        weights = [first, *(getattr(rnn, name) for name in rnn._flat_weights_names[1:])]
+        weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
         options = (weights, True, rnn.num_layers, 0.0, True, False, True)
         if isinstance(rnn, nn.LSTM):
             hidden = torch.lstm(x, (start, start), *options)[0]

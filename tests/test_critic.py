@@ -30,22 +30,6 @@ def test_gru_with_readout_equals_the_equations():
     torch.testing.assert_close(critic(state, attention), expected)
 
 
-@pytest.mark.parametrize('kwargs', [{}, {'cell': 'gru'}, {'cell': 'lstm', 'hidden_size': 3, 'depth': 2}])
-def test_weights_applied_beforehand(kwargs, monkeypatch):
-    """What a CPU computes, input weights first, has the values and gradients of what a GPU is given."""
-    critic = RecurrentCritic((6,), **kwargs)
-    results = []
-    for _ in range(2):
-        critic.zero_grad()
-        inputs = [tensor.requires_grad_() for tensor in make_input()]
-        quality = critic(*inputs)
-        quality.square().sum().backward()
-        results.append([quality, *(t.grad for t in inputs), *(p.grad.clone() for p in critic.parameters())])
-        monkeypatch.setattr(
-            RecurrentCritic, '_project', lambda self, *parts: (torch.cat(parts, dim=2), self.rnn.weight_ih_l0))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-
-
 def test_one_unit_by_hand():
     """Exact numbers: all weights zero but the cell input's, with a bias of 0, give h = sigmoid(0) tanh(c)."""
     critic = RecurrentCritic((1,))
