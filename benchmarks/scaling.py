@@ -1,7 +1,7 @@
 """How the cost of reinforcement grows: with depth, image size, batch and number of processes
 
 One of them is varied at a time, around SE-ResNet-50 at 96 pixels and 16 images; each point is the time of a round of
-steps that visits every site, as a ratio to plain training's in the same round (see step_time.py). Several processes are
+steps that visits every site, as a ratio to plain training's (see step_time.py). Several processes are
 started by torchrun, over gloo on a CPU and NCCL on GPUs, each with its own batch.
 """
 import argparse
@@ -36,7 +36,7 @@ def point(args: argparse.Namespace, device: torch.device, **changed: Any) -> lis
 def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         where = ', '.join(f'{name} {row[name]}' for name in ('depth', 'size', 'batch_size', 'processes') if name in row)
-        print(f"{where}: {row['probe']:6} ratio {report.tell(row['ratio'])}", flush=True)
+        print(f"{where}: {row['probe']:6} ratio {row['ratio']:.3f}", flush=True)
 
 
 def several(args: argparse.Namespace, processes: int) -> list[dict[str, Any]]:
@@ -55,6 +55,8 @@ def several(args: argparse.Namespace, processes: int) -> list[dict[str, Any]]:
 def worker(args: argparse.Namespace) -> None:
     """Be one of several processes."""
     torch.set_num_threads(1)
+    if args.device == 'cpu':
+        step_time.keep_memory()
     device = torch.device(args.device)
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
@@ -88,6 +90,8 @@ def main() -> None:
         worker(args)
         return
     device = torch.device(args.device)
+    if device.type == 'cpu':
+        step_time.keep_memory()
     header = report.begin(args, device)
     rows: list[dict[str, Any]] = []
     points = {

@@ -1,13 +1,17 @@
 """What reinforcement costs: time and peak memory of a training step with each probe, against plain training
 
 Tasks train networks of their own from the same weights, on the same images, and take turns step by step. A round visits
-every site of a group once (where the groups' lengths allow it), and a ratio is that of the time of a round to plain
-training's in the same round. Which samples count as right is set by hand: all of them, the most expensive case, and a
-share of them. Memory is measured in processes of their own: on a GPU the most that was allocated after warm-up, on a
-CPU the most resident memory less what was resident before the network was built.
+every site of a group once (where the groups' lengths allow it). The time of a round is the sum of its steps' medians
+over all rounds, and a ratio is that to plain training's; beside it stand the least and the most of single rounds. On a
+CPU the C library is told to keep the memory that it has: it would hand pages back and get them again, in one task and
+not in the next, as the history of the process has it (`--no-keep-memory` lets it). Which samples count as right is set
+by hand: all of them, the most expensive case, and a share of them. Memory is measured in processes of their own: on a
+GPU the most that was allocated after warm-up, on a CPU the most resident memory less what was resident before the
+network was built.
 """
 import argparse
 import copy
+import ctypes
 import math
 import os
 import resource
@@ -46,6 +50,17 @@ def count_as_right(share: float) -> None:
 
     dreal_timm.measure.is_correct = is_correct
     dreal_timm.taylor.is_correct = is_correct
+
+
+def keep_memory() -> None:
+    """Let the C library (glibc) neither map blocks of their own nor hand memory back to the system."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
 
 
 def begin_at(place: str) -> None:
@@ -146,7 +161,7 @@ def measure_time(name: str, share: float, args: argparse.Namespace, device: torc
             stepper.step(batch)
     for task in reinforced:
         task._trainable.rotation.step = 0
-    seconds: dict[str, list[list[float]]] = {probe: [] for probe in steppers}
+    seconds: dict[str, list[list[float]]] = {probe: [] for probe in steppers}  # of rounds, of steps
     for _ in range(args.rounds):
         for times in seconds.values():
             times.append([])
@@ -159,11 +174,15 @@ def measure_time(name: str, share: float, args: argparse.Namespace, device: torc
         ratios = [sum(mine) / sum(plain) for mine, plain in zip(times, seconds['plain'], strict=True)]
         rows.append({
             'model': name, 'probe': probe, 'right': share, 'steps_a_round': steps,
-            'seconds': report.spread([value for row in times for value in row]), 'ratio': report.spread(ratios),
-            'ratio_of_medians': statistics.median(v for row in times for v in row) / statistics.median(
-                v for row in seconds['plain'] for v in row),
+            'seconds': report.spread([value for row in times for value in row]),
+            'ratio': typical_round(times) / typical_round(seconds['plain']), 'rounds': report.spread(ratios),
         })
     return rows
+
+
+def typical_round(times: list[list[float]]) -> float:
+    """Sum up the medians, over the rounds, of the steps at one place of a round."""
+    return sum(statistics.median(step) for step in zip(*times, strict=True))
 
 
 def resident() -> float:
@@ -216,6 +235,7 @@ def main() -> None:
     parser.add_argument('--amp', choices=DTYPES, default='none')
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--keep-memory', action=argparse.BooleanOptionalAction, default=True, help='of the C library')
     parser.add_argument('--threads', type=int, help='CPU threads')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path)
@@ -228,6 +248,8 @@ def main() -> None:
     if args.only:
         print(peak(args.only[0], args.only[1], args, device))
         return
+    if args.keep_memory and device.type == 'cpu':  # not where the peak is measured
+        keep_memory()
     header = report.begin(args, device)
     rows: list[dict[str, Any]] = []
     for name in args.models:
@@ -239,7 +261,7 @@ def main() -> None:
                     row['memory_ratio'] = memory[row['probe']] / memory['plain']
                 rows.append(row)
                 text = f"{name} {row['probe']:6} right {share:.0%}  {report.tell(row['seconds'])} s"
-                text += f"  ratio {report.tell(row['ratio'])}"
+                text += f"  ratio {row['ratio']:.3f} ({row['rounds']['min']:.3f} to {row['rounds']['max']:.3f})"
                 if memory:
                     text += f"  {row['peak_mib']:.0f} MiB, {row['memory_ratio']:.3f}"
                 print(text, flush=True)
