@@ -11,10 +11,11 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
+from dreal_timm.gates import on_map
 from dreal_timm.overrides import module_flags, weights_on_meta
-from dreal_timm.readers import READERS
+from dreal_timm.readers import Reader, map_size, readers_of
 
-__all__ = ['Group', 'Site', 'attention_parameters', 'find_sites', 'group_sites', 'on_meta']
+__all__ = ['Group', 'Site', 'attention_parameters', 'find_sites', 'group_sites', 'on_meta', 'site_reader']
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,20 @@ class Site:
     """One call of a map-producing gate.
 
     Attributes:
-        name: Dotted path of the module that owns the gate, in the model.
-        kind: 'channel' or 'spatial', see `Reader`.
+        name: Dotted path of its module in the model; where a module has several sites, followed by a colon and a part.
+        kind: What the map has a weight for, see `dreal_timm.readers.KINDS`.
         stage: Dotted path of the stage that the site belongs to.
-        size: Size of the map: (C,) or (H, W).
+        size: Size of the map: (C,), (H, W) of a spatial one, (C, H), (C, W) or (C, H, W).
     """
     name: str
     kind: str
     stage: str
     size: tuple[int, ...]
+
+    @property
+    def module(self) -> str:
+        """Dotted path of the module that owns the gate, in the model."""
+        return self.name.partition(':')[0]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,18 @@ class Group:
     size: tuple[int, ...]
     sites: tuple[Site, ...]
 
+    @property
+    def judged_size(self) -> tuple[int, ...]:
+        """Size of the maps that the critic reads: (H, W) of spatial maps, else (C,), averaged over what follows."""
+        return self.size if self.kind == 'spatial' else self.size[:1]
+
+
+def site_reader(model: nn.Module, site: Site) -> tuple[nn.Module, Reader]:
+    """Return the module of a site and the reader of its map."""
+    module = model.get_submodule(site.module)
+    part = site.name.partition(':')[2]
+    return module, next(reader for reader in readers_of(module) if reader.part == part)
+
 
 def on_meta(model: nn.Module, input_size: Sequence[int], images: int = 2) -> None:
     """Run the model once on the meta device; random numbers that it draws elsewhere leave no trace."""
@@ -51,40 +69,47 @@ def on_meta(model: nn.Module, input_size: Sequence[int], images: int = 2) -> Non
         model(torch.empty(images, *input_size, dtype=dtype, device='meta'))
 
 
-def _trace(model: nn.Module, input_size: Sequence[int]) -> tuple[list[tuple[str, torch.Size]], list[str]]:
-    """Run the model once on the meta device, without a copy and without a trace.
+@dataclass
+class _Trace:
+    """What happened in one run of a model.
 
-    Returns:
-        (name, shape of the map) of every gate call, and the order of events: the names of attention modules when they
-        are called, and of the modules in `feature_info` when they are done.
+    Attributes:
+        maps: Name of the site, reader and shape of the map, of every call of a gate that makes one.
+        events: Names of the sites when their map is made, and of the modules in `feature_info` when they are done.
     """
-    calls: list[tuple[str, torch.Size]] = []
-    events: list[str] = []
+    maps: list[tuple[str, Reader, torch.Size]]
+    events: list[str]
+
+    def on_map(self, name: str, reader: Reader) -> Callable[[torch.Tensor], None]:
+        def seen(attention: torch.Tensor) -> None:
+            self.maps.append((name, reader, attention.shape))
+            self.events.append(name)
+        return seen
+
+    def on_feature(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.events.append(name)
+        return hook
+
+
+def _trace(model: nn.Module, input_size: Sequence[int]) -> _Trace:
+    """Run the model once on the meta device, without a copy and without a trace."""
+    trace = _Trace([], [])
     feature_info = getattr(model, 'feature_info', None) or []
     features = [info['module'] for info in feature_info if info.get('module')]
     known = dict(model.named_modules())
-    def on_gate(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            calls.append((name, output.shape))
-            events.append(name)
-        return hook
-
-    def on_feature(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            events.append(name)
-        return hook
-
     with ExitStack() as stack:
         stack.enter_context(module_flags(model, training=False, grad_checkpointing=False))
         for name, module in known.items():
-            if (reader := READERS.get(type(module))) is not None:
-                stack.callback(module.get_submodule(reader.gate).register_forward_hook(on_gate(name)).remove)
+            for reader in readers_of(module):
+                site = f'{name}:{reader.part}' if reader.part else name
+                stack.enter_context(on_map(module, reader, trace.on_map(site, reader)))
         for name in features:
             if name in known:
-                stack.callback(known[name].register_forward_hook(on_feature(name)).remove)
+                stack.callback(known[name].register_forward_hook(trace.on_feature(name)).remove)
         stack.enter_context(torch.no_grad())
         on_meta(model, input_size)
-    return calls, events
+    return trace
 
 
 def find_sites(model: nn.Module, input_size: Sequence[int] | None = None) -> list[Site]:
@@ -107,21 +132,21 @@ def find_sites(model: nn.Module, input_size: Sequence[int] | None = None) -> lis
         input_size = get_model_input_config(model)['input_size']
     if len(input_size) != 3:
         raise ValueError(f'input_size must be (C, H, W), got {tuple(input_size)}.')
-    if not any(type(module) in READERS for module in model.modules()):
+    if not any(readers_of(module) for module in model.modules()):
         return []
 
-    calls, events = _trace(model, input_size)
+    trace = _trace(model, input_size)
     sites = []
-    names = {name for name, _ in calls}
-    for name, shape in calls:
-        if events.count(name) > 1:
-            raise ValueError(f'The gate of {name} is called {events.count(name)} times in one forward pass.')
-        kind = READERS[type(model.get_submodule(name))].kind
-        size = (shape[1],) if kind == 'channel' else tuple(shape[2:])
-        if kind == 'spatial' and size == (1, 1):
+    names = {name for name, _, _ in trace.maps}
+    for name, reader, shape in trace.maps:
+        if (calls := trace.events.count(name)) > 1:
+            raise ValueError(f'The gate of {name} is called {calls} times in one forward pass.')
+        size = map_size(reader.kind, shape)
+        if reader.kind == 'spatial' and size == (1, 1):
             continue
-        stage = next((event for event in events[events.index(name):] if event not in names), name.split('.')[0])
-        sites.append(Site(name, kind, stage, size))
+        later = trace.events[trace.events.index(name):]
+        stage = next((event for event in later if event not in names), name.partition(':')[0].split('.')[0])
+        sites.append(Site(name, reader.kind, stage, size))
     return sites
 
 
@@ -143,7 +168,10 @@ def group_sites(sites: Sequence[Site]) -> list[Group]:
 
 def attention_parameters(model: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Parameter]:
     """Return the attention parameters (theta in the paper) of the sites by their name in the model."""
-    return {
-        f'{site.name}.{name}': parameter
-        for site in sites for name, parameter in model.get_submodule(site.name).named_parameters()
-    }
+    found = {}
+    for site in sites:
+        module, reader = site_reader(model, site)
+        for name, parameter in module.named_parameters():
+            if reader.parameters is None or name.split('.')[0] in reader.parameters:
+                found[f'{site.module}.{name}'] = parameter
+    return found

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreal_timm.attention import Site
+from dreal_timm.attention import Site, site_reader
+from dreal_timm.gates import on_map, second_map
 from dreal_timm.overrides import scratch_buffers
-from dreal_timm.readers import READERS, Reader
+from dreal_timm.readers import Reader
 
 __all__ = ['Reading', 'bypass', 'read_map', 'record', 'tap']
 
@@ -25,9 +26,38 @@ class Reading:
     descriptors: tuple[torch.Tensor, ...]
 
 
-def _reader(model: nn.Module, site: Site) -> tuple[nn.Module, Reader]:
-    module = model.get_submodule(site.name)
-    return module, READERS[type(module)]
+class _Recorder:
+    """Hooks of one site, and what they have seen in a pass."""
+
+    def __init__(self, module: nn.Module, reader: Reader, stack: ExitStack, done: Callable[[Reading], None]):
+        self.reader = reader
+        self.done = done
+        self.maps: list[torch.Tensor] = []
+        self.pooled: list[torch.Tensor] = []
+        self.features: list[torch.Tensor] = []
+        stack.enter_context(on_map(module, reader, self.on_map))
+        sources = (reader.source,) if isinstance(reader.source, str) else reader.source or ()
+        for source in sources:
+            stack.callback(module.get_submodule(source).register_forward_pre_hook(self.on_source).remove)
+        if reader.features is not None:
+            stack.callback(module.get_submodule(reader.features).register_forward_hook(self.on_features).remove)
+        stack.callback(module.register_forward_hook(self.on_output).remove)
+
+    def on_map(self, attention: torch.Tensor) -> None:
+        self.maps.append(attention.detach())
+
+    def on_source(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.pooled.append(args[0].detach())
+
+    def on_features(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self.features.append(output.detach())
+
+    def on_output(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+        features = self.features[-1] if self.features else args[0].detach()
+        with torch.no_grad():
+            self.done(Reading(self.maps[-1], *self.reader.describes(module, features, *self.pooled)))
+        for seen in (self.maps, self.pooled, self.features):
+            seen.clear()
 
 
 @contextmanager
@@ -39,51 +69,26 @@ def record(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Readin
     """
     readings: dict[str, Reading] = {}
 
-    def on_input(pooled: list[torch.Tensor]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            pooled.append(args[0].detach())
-        return hook
-
-    def on_gate(seen: list[torch.Tensor]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            seen.append(output.detach())
-        return hook
-
-    def on_output(
-            name: str,
-            reader: Reader,
-            pooled: list[torch.Tensor],
-            seen: list[torch.Tensor],
-    ) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            with torch.no_grad():
-                readings[name] = Reading(seen[-1], *reader.describe(module, args[0].detach(), *pooled))
-            pooled.clear()
-            seen.clear()
-        return hook
+    def keep(name: str) -> Callable[[Reading], None]:
+        def done(reading: Reading) -> None:
+            readings[name] = reading
+        return done
 
     with ExitStack() as stack:
         for site in sites:
-            module, reader = _reader(model, site)
-            pooled: list[torch.Tensor] = []
-            seen: list[torch.Tensor] = []
-            stack.callback(module.get_submodule(reader.gate).register_forward_hook(on_gate(seen)).remove)
-            if reader.source is not None:
-                source = module.get_submodule(reader.source)
-                stack.callback(source.register_forward_pre_hook(on_input(pooled)).remove)
-            stack.callback(module.register_forward_hook(on_output(site.name, reader, pooled, seen)).remove)
+            _Recorder(*site_reader(model, site), stack, keep(site.name))
         yield readings
 
 
 def read_map(model: nn.Module, site: Site, reading: Reading) -> torch.Tensor:
-    """Return the map of a site from its reading, (B, C, 1, 1) or (B, 1, H, W), with a graph to its parameters.
+    """Return the map of a site from its reading, in the shape that its gate gave it, with a graph to its parameters.
 
     The values are those of the recorded forward pass, the graph reaches the attention parameters and nothing upstream
     of them. Buffers (of a batch norm in the gate) are left as they are.
     """
-    module, reader = _reader(model, site)
+    module, reader = site_reader(model, site)
     with scratch_buffers([m for m in module.modules() if m.training and m._buffers]):
-        evaluated = reader.evaluate(module, *reading.descriptors)
+        evaluated = second_map(module, reader, *reading.descriptors)
     return reading.attention + (evaluated - evaluated.detach())
 
 
@@ -101,17 +106,17 @@ def bypass(
         rows: For each site, the samples for which it is bypassed, (B,) bool; None bypasses it for all of them.
     """
 
-    def on_gate(chosen: torch.Tensor | None) -> Callable[..., torch.Tensor]:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            flat = output.mean(tuple(range(1, output.ndim)), keepdim=True).expand_as(output).contiguous()
-            return flat if chosen is None else flat.where(chosen.view(-1, *[1] * (output.ndim - 1)), output)
-        return hook
+    def flatten(chosen: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        def change(attention: torch.Tensor) -> torch.Tensor:
+            dims = tuple(range(1, attention.ndim))
+            flat = attention.mean(dims, keepdim=True).expand_as(attention).contiguous()
+            return flat if chosen is None else flat.where(chosen.view(-1, *[1] * len(dims)), attention)
+        return change
 
     with ExitStack() as stack:
         for index, site in enumerate(sites):
-            module, reader = _reader(model, site)
-            hook = on_gate(None if rows is None else rows[index])
-            stack.callback(module.get_submodule(reader.gate).register_forward_hook(hook).remove)
+            change = flatten(None if rows is None else rows[index])
+            stack.enter_context(on_map(*site_reader(model, site), change))
         yield
 
 
@@ -123,13 +128,12 @@ def tap(model: nn.Module, sites: Sequence[Site], taps: Sequence[torch.Tensor]) -
     would see nothing.
     """
 
-    def on_gate(added: torch.Tensor) -> Callable[..., torch.Tensor]:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return output + added.view_as(output).to(output.dtype)
-        return hook
+    def adding(added: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def change(attention: torch.Tensor) -> torch.Tensor:
+            return attention + added.view_as(attention).to(attention.dtype)
+        return change
 
     with ExitStack() as stack:
         for site, added in zip(sites, taps, strict=True):
-            module, reader = _reader(model, site)
-            stack.callback(module.get_submodule(reader.gate).register_forward_hook(on_gate(added)).remove)
+            stack.enter_context(on_map(*site_reader(model, site), adding(added)))
         yield

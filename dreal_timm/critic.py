@@ -30,7 +30,8 @@ class RecurrentCritic(nn.Module):
     All weights stay in float32 through `half()`, `bfloat16()`, `double()` and `to(dtype)`.
 
     Args:
-        size: Size of the maps: (C,), or (H, W) of spatial maps. A spatial map of another size is average-pooled to it.
+        size: Size of the maps: (C,), or (H, W) of spatial maps. A spatial map of another size is average-pooled to it;
+            maps (C, H), (C, W) and (C, H, W) are averaged to (C,).
         cell: 'lstm' (the paper's) or 'gru'.
         hidden_size: Number of hidden units.
         depth: Number of cells on top of each other.
@@ -78,7 +79,9 @@ class RecurrentCritic(nn.Module):
         return super()._apply(keep_dtype, *args, **kwargs)
 
     def _fit(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, C) or (B, L, H, W) -> (B, L, N)."""
+        """(B, L, C), (B, L, H, W), or (B, L, C, ...) averaged over what follows C -> (B, L, N)."""
+        if x.ndim > 2 + len(self.size):
+            x = x.flatten(3).mean(3)
         if tuple(x.shape[2:]) == self.size:
             return x.flatten(2)
         if len(self.size) == 1 or x.ndim != 4:
@@ -93,7 +96,7 @@ class RecurrentCritic(nn.Module):
 
         Args:
             state: Reduced feature maps F~, (B, L, C) or (B, L, H, W), float32.
-            attention: Attention maps A, of the same shape.
+            attention: Attention maps A, of the same shape, or with height, width or both behind C.
         """
         x = torch.cat([self._fit(state), self._fit(attention)], dim=2)
         rnn = self.rnn

@@ -199,12 +199,13 @@ def trace_flow(model: nn.Module, sites: Sequence[Site], input_size: Sequence[int
     last = 0
     # what was recorded of a layer is told apart by its place in the order of its calls, which a restart would change
     for site in sites if all(counts[module] == 1 for module in replayed) else ():
-        call = next(c for c in log.calls if c.name == site.name)
+        call = next(c for c in log.calls if c.name == site.module)
         entries = (_enter(site, entry, log, counts) for entry in (call, *reversed(call.stack[1:])))
         found = plans[site.name] = next((restart for restart in entries if restart is not None), None)
         if found is not None:
             last = max(last, next(c.exit for c in log.calls if c.name == found.join))
-    last = max([last, *(call.exit for call in log.calls if call.name in plans)])
+    owners = {site.module for site in sites}
+    last = max([last, *(call.exit for call in log.calls if call.name in owners)])
     per_sample = all(c.shape[:1] == (_IMAGES,) for c in masking) and all(rows for _, rows in log.draws)
     hooks = hooks_of(model)
     restarts = _Checked(plans, lambda restart: _works(model, restart, log, hooks, input_size))

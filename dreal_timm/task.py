@@ -21,7 +21,7 @@ from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
 from dreal_timm.measure import Measure, PassMeasure
 from dreal_timm.norms import check_probeable
 from dreal_timm.probe import PROBES
-from dreal_timm.readers import READERS
+from dreal_timm.readers import READERS, unread
 from dreal_timm.rotation import Rotation
 from dreal_timm.taylor import TaylorMeasure
 from dreal_timm.trainable import DrealTrainableModule
@@ -57,6 +57,20 @@ def _check_options(
     if isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'):
         raise ValueError('Pass the plain network; compile() and prepare_distributed() are methods of the task.')
     check_probeable(model)
+
+
+def _without_site(model: nn.Module) -> str:
+    """Say that, and as far as can be told why, a model has no attention site."""
+    text = (
+        f'{type(model).__name__} has no attention site, so there is nothing to reinforce. '
+        f'Sites are the gates of {", ".join(sorted({cls.__name__ for cls in READERS}))}. '
+    )
+    for name, reason in unread(model).items():
+        text += f'{name} is none: {reason}. '
+    return text + (
+        "timm.list_models('dreal_*') lists networks that have them, dreal_timm.find_sites(model) tells of any network, "
+        'and dreal_timm.register_attention() adds a class of modules.'
+    )
 
 
 class DrealTask(ClassificationTask):
@@ -145,12 +159,7 @@ class DrealTask(ClassificationTask):
         sites = find_sites(model, input_size)
         groups = group_sites(sites)
         if not groups:
-            raise ValueError(
-                f'{type(model).__name__} has no attention site, so there is nothing to reinforce. '
-                f'Sites are the gates of {", ".join(sorted(cls.__name__ for cls in READERS))}. '
-                "timm.list_models('dreal_*') lists networks that have them, dreal_timm.find_sites(model) tells of any "
-                'network, and dreal_timm.register_attention() adds a class of modules.'
-            )
+            raise ValueError(_without_site(model))
         self.actor_weight = actor_weight
         if input_size is None:
             input_size = get_model_input_config(model)['input_size']
@@ -163,7 +172,7 @@ class DrealTask(ClassificationTask):
             dtype = None if probe_dtype is None else torch.float32
             self.measure = PassMeasure(PROBES[probe](groups, trace_flow(model, sites, input_size), dtype, seed), **rule)
         critic = Critic(
-            {group.name: group.size for group in groups},
+            {group.name: group.judged_size for group in groups},
             seed=seed,
             cell=critic_cell,
             hidden_size=critic_hidden_size,
@@ -199,7 +208,10 @@ class DrealTask(ClassificationTask):
         return [site for group in self.groups for site in group.sites]
 
     def _check_trainable(self) -> None:
-        if not any(p.requires_grad for p in attention_parameters(self._trainable.model, self._sites).values()):
+        theta = attention_parameters(self._trainable.model, self._sites)
+        if not theta:
+            raise ValueError('The attention modules have no parameters: L_q has nothing to train.')
+        if not any(p.requires_grad for p in theta.values()):
             raise ValueError('All attention parameters are frozen (requires_grad=False): L_q has nothing to train.')
 
     def set_epoch(self, epoch: int) -> None:

@@ -71,9 +71,9 @@ class Pending:
     """A batch whose rewards are known after its backward pass.
 
     Attributes:
-        states: Reduced feature maps of each group, (B, L, *size), without a graph.
-        maps: Attention maps of each group, of the same shapes, without a graph.
-        taps: Zero leaf tensors of the same shapes that were added to the maps.
+        states: Reduced feature maps of each group, (B, L, *judged_size), without a graph.
+        maps: Attention maps of each group, (B, L, *size), without a graph.
+        taps: Zero leaf tensors of the same shapes as the maps, that were added to them.
         right: Samples whose class wins or ties, (B,) bool.
         known: Samples that have a class, (B,) bool: a criterion may ignore labels such as -100.
     """

@@ -15,6 +15,7 @@ from dreal_timm.attention import Group
 from dreal_timm.capture import Reading, read_map, record, tap
 from dreal_timm.critic import Critic
 from dreal_timm.norms import record_norms
+from dreal_timm.readers import map_size
 from dreal_timm.restart import keep_inputs
 from dreal_timm.rotation import Rotation
 
@@ -58,12 +59,13 @@ class DrealTrainableModule(nn.Module):
         return lambda name: layers.get(name.removeprefix('model.'), last) if name.startswith('model.') else last
 
     def _read(self, readings: dict[str, Reading]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """States and maps of each group, (B, L, *size), float32; the maps have a graph to their parameters."""
+        """States (B, L, *judged_size) and maps (B, L, *size) of each group, float32, the maps with a graph to theta."""
         states, maps = {}, {}
         for group in self.groups:
             read = [readings[site.name] for site in group.sites]
-            shape = (-1, 1, *(group.size if group.kind == 'channel' else read[0].state.shape[2:]))
-            states[group.name] = torch.cat([reading.state.reshape(shape).float() for reading in read], dim=1)
+            shape = (-1, 1, *map_size(group.kind, read[0].attention.shape))
+            judged = shape if group.kind == 'spatial' else shape[:3]
+            states[group.name] = torch.cat([reading.state.reshape(judged).float() for reading in read], dim=1)
             maps[group.name] = torch.cat([
                 read_map(self.model, site, reading).reshape(shape).float()
                 for site, reading in zip(group.sites, read, strict=True)
@@ -92,7 +94,7 @@ class DrealTrainableModule(nn.Module):
                 - 'output': Logits, (B, K)
                 - 'actor_quality': Quality of all maps, (B, L), with a graph to the attention parameters alone
                 - 'critic_quality': Quality, (B, L), with a graph to the critic alone: the same, or of `pending`
-                - 'states', 'maps': Of each group, (B, L, *size), float32, without a graph
+                - 'states', 'maps': Of each group, (B, L, *judged_size) and (B, L, *size), float32, without a graph
                 - 'norms', 'kept': What counterfactual passes need
         """
         sites = [site for group in self.groups for site in group.sites]

@@ -10,8 +10,8 @@ import dreal_timm
 
 ROOT = Path(dreal_timm.__file__).parent
 CORE = {
-    'readers', 'overrides', 'attention', 'capture', 'critic', 'draws', 'flow', 'losses', 'measure', 'norms', 'passes',
-    'probe', 'restart', 'reward', 'rotation', 'task', 'taylor', 'trainable',
+    'readers', 'gates', 'overrides', 'attention', 'capture', 'critic', 'draws', 'flow', 'losses', 'measure', 'norms',
+    'passes', 'probe', 'restart', 'reward', 'rotation', 'task', 'taylor', 'trainable',
 }
 ALLOWED = {
     'version': set(),
@@ -25,14 +25,15 @@ ALLOWED = {
     'rotation': set(),
     'losses': set(),
     'norms': set(),
-    'attention': {'readers', 'overrides'},
-    'capture': {'readers', 'overrides', 'attention'},
+    'gates': {'readers'},
+    'attention': {'readers', 'gates', 'overrides'},
+    'capture': {'readers', 'gates', 'overrides', 'attention'},
     'draws': {'overrides'},
     'restart': {'overrides', 'attention', 'capture'},
     'flow': {'overrides', 'attention', 'draws', 'restart'},
     'passes': {'overrides', 'attention', 'capture', 'draws', 'norms', 'restart'},
     'probe': {'attention', 'flow', 'passes', 'restart'},
-    'trainable': {'attention', 'capture', 'critic', 'norms', 'restart', 'rotation'},
+    'trainable': {'readers', 'attention', 'capture', 'critic', 'norms', 'restart', 'rotation'},
     'measure': {'attention', 'draws', 'passes', 'probe', 'reward', 'trainable'},
     'taylor': {'attention', 'measure', 'passes', 'reward', 'trainable'},
     'task': {

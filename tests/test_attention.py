@@ -275,8 +275,11 @@ def test_register_attention():
 
 
 def test_subclasses_are_not_recognised():
-    """A subclass may compute its map another way (timm's LightChannelAttn does): it is no site."""
-    model = timm.create_model('test_resnet', block_args=dict(attn_layer='lcbam'))
+    """A subclass may compute its map another way: it is no site."""
+    class Mine(SEModule):
+        pass
+
+    model = timm.create_model('test_resnet', block_args=dict(attn_layer=Mine))
     assert find_sites(model, (3, 64, 64)) == []
 
 

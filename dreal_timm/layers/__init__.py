@@ -1,1 +1,2 @@
+from .bam import BamModule as BamModule
 from .srm import SrmModule as SrmModule
