@@ -1,5 +1,6 @@
-"""The command line: `dreal-timm train | validate | recipes | data`"""
+"""The command line: `dreal-timm train | validate | inspect | recipes | data`"""
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -30,6 +31,35 @@ def _validate(args: argparse.Namespace) -> None:
     print(json.dumps(results, indent=2))
     if args.results:
         Path(args.results).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    import timm
+    import torch
+    import yaml
+
+    from dreal_timm.audit import describe_sites, format_sites
+    from dreal_timm.hub.load import timm_name
+    from dreal_timm.readers import without_sites
+    name, options = timm_name(args.model), {}
+    for setting in args.options:
+        key, equals, value = setting.partition('=')
+        if not equals:
+            raise ValueError(f"Expected OPTION=VALUE, got '{setting}'.")
+        options[key] = yaml.safe_load(value)
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(name, **options)
+    except (NotImplementedError, RuntimeError):  # one that computes while it is built
+        model = timm.create_model(name, **options)
+    rows = describe_sites(model, args.input_size)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    elif rows:
+        print(format_sites(rows))
+    if not rows:
+        print(without_sites(model), file=sys.stderr)
+    return 0 if rows else 1
 
 
 def _recipes(args: argparse.Namespace) -> None:
@@ -86,6 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument('--results', metavar='FILE', default='', help='write the results to a JSON file as well')
     validate.set_defaults(function=_validate)
 
+    inspect = commands.add_parser('inspect', help='list the attention sites of a network')
+    inspect.add_argument('model', metavar='MODEL_OR_DIR', help='name of a model, hf-hub:USER/NAME, or a folder')
+    inspect.add_argument(
+        'options', metavar='OPTION=VALUE', nargs='*',
+        help="options of timm.create_model, such as 'block_args={attn_layer: cbam}'")
+    inspect.add_argument(
+        '--input-size', metavar=('C', 'H', 'W'), nargs=3, type=int, help="size of the images (the model's own)")
+    inspect.add_argument('--json', action='store_true', help='print JSON')
+    inspect.set_defaults(function=_inspect)
+
     recipes = commands.add_parser('recipes', help='list the recipes of the package, or copy one')
     recipes.add_argument('--copy', metavar='NAME', default='', help='recipe to copy')
     recipes.add_argument('--keys', action='store_true', help='list the keys of a recipe with their defaults')
@@ -101,13 +141,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 after an error of the user's, told in one line."""
+    """Run the command line; return 0, 1 where nothing was found, or 2 after an error of the user's, told in a line."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
     for name in ('timm', 'accelerate', 'httpx', 'huggingface_hub'):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        args.function(args)
+        return args.function(args) or 0
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:  # one line for whatever goes wrong; --debug shows the rest

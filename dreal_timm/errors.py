@@ -1,10 +1,13 @@
 """Errors as users see them"""
+import difflib
 import pickle
 import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from safetensors import SafetensorError
 
-__all__ = ['UNREADABLE', 'one_line']
+__all__ = ['UNREADABLE', 'nearest', 'one_line']
 
 # what the readers of weight files raise for one that is broken or foreign
 UNREADABLE = (RuntimeError, KeyError, EOFError, OSError, struct.error, pickle.UnpicklingError, SafetensorError)
@@ -19,3 +22,9 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, (ValueError, OSError, ModuleNotFoundError, FloatingPointError)) and text:
         return text
     return f'{type(error).__name__}: {text[:300]}'
+
+
+def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """Return a hint at the most similar known name, for the middle of a message, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{matches[0]}'?)" if matches else ''

@@ -21,7 +21,7 @@ from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
 from dreal_timm.measure import Measure, PassMeasure
 from dreal_timm.norms import check_probeable
 from dreal_timm.probe import PROBES
-from dreal_timm.readers import READERS, unread
+from dreal_timm.readers import without_sites
 from dreal_timm.rotation import Rotation
 from dreal_timm.taylor import TaylorMeasure
 from dreal_timm.trainable import DrealTrainableModule
@@ -57,20 +57,6 @@ def _check_options(
     if isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'):
         raise ValueError('Pass the plain network; compile() and prepare_distributed() are methods of the task.')
     check_probeable(model)
-
-
-def _without_site(model: nn.Module) -> str:
-    """Say that, and as far as can be told why, a model has no attention site."""
-    text = (
-        f'{type(model).__name__} has no attention site, so there is nothing to reinforce. '
-        f'Sites are the gates of {", ".join(sorted({cls.__name__ for cls in READERS}))}. '
-    )
-    for name, reason in unread(model).items():
-        text += f'{name} is none: {reason}. '
-    return text + (
-        "timm.list_models('dreal_*') lists networks that have them, dreal_timm.find_sites(model) tells of any network, "
-        'and dreal_timm.register_attention() adds a class of modules.'
-    )
 
 
 class DrealTask(ClassificationTask):
@@ -159,7 +145,7 @@ class DrealTask(ClassificationTask):
         sites = find_sites(model, input_size)
         groups = group_sites(sites)
         if not groups:
-            raise ValueError(_without_site(model))
+            raise ValueError(without_sites(model))
         self.actor_weight = actor_weight
         if input_size is None:
             input_size = get_model_input_config(model)['input_size']

@@ -41,9 +41,10 @@ ALLOWED = {
         'trainable',
     },
     'data': set(),
-    'hub': CORE | {'layers', 'models', 'data'},
+    'audit': CORE | {'layers', 'models', 'data', 'hub', 'errors'},
+    'hub': CORE | {'layers', 'models', 'data', 'errors'},
     'train': CORE | {'layers', 'models', 'data', 'hub', 'version', 'errors'},
-    'cli': CORE | {'layers', 'models', 'data', 'hub', 'train', 'version', 'errors'},
+    'cli': CORE | {'layers', 'models', 'data', 'hub', 'audit', 'train', 'version', 'errors'},
     '__init__': CORE | {'models', 'version'},
 }
 PACKAGES = {  # beside the standard library, torch and timm
@@ -52,6 +53,7 @@ PACKAGES = {  # beside the standard library, torch and timm
     'hub': {'safetensors'},
     'norms': {'torchvision'},
     'errors': {'safetensors'},
+    'cli': {'yaml'},
 }
 
 

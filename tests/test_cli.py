@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 
 import dreal_timm
+from dreal_timm import DrealTask, find_sites
 from dreal_timm.cli import main
+from dreal_timm.hub import export
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +42,40 @@ def test_train_and_validate(digits, tmp_path, capsys):
     assert measured['samples'] == 355
 
 
+def test_inspect(capsys, tmp_path):
+    """A table of sites: parameters add up, groups and critics are those of the task; JSON says the same."""
+    assert main(['inspect', 'test_resnet', 'block_args={attn_layer: cbam}', '--input-size', '3', '64', '64']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ['site', 'class', 'kind', 'map', 'group', 'parameters', 'critic']
+    assert lines[2].split() == [
+        'layer1.0.se.spatial', 'SpatialAttn', 'spatial', '16', 'x', '16', 'layer1_spatial', '100', '2,060']
+    options = ['test_resnet', 'num_classes=4', 'block_args={attn_layer: cbam}']
+    assert main(['inspect', *options, '--input-size', '3', '64', '64', '--json']) == 0
+    rows = json.loads(capsys.readouterr().out)
+    model = timm.create_model('test_resnet', num_classes=4, block_args={'attn_layer': 'cbam'})
+    task = DrealTask(model, verbose=False, input_size=(3, 64, 64))
+    assert [row['site'] for row in rows] == [site.name for site in find_sites(model, (3, 64, 64))]
+    assert sum(row['parameters'] for row in rows) == sum(
+        p.numel() for name, p in model.named_parameters() if '.se.' in name)
+    critics = {row['group']: row['critic'] for row in rows}
+    assert critics == {name: sum(p.numel() for p in c.parameters()) for name, c in task._trainable.critic.items()}
+    assert lines[-1] == f'{len(rows)} sites in {len(critics)} groups; critics: {sum(critics.values()):,} parameters'
+    export(timm.create_model('dreal_se_resnet18', num_classes=3), tmp_path / 'model')
+    assert main(['inspect', str(tmp_path / 'model')]) == 0
+    assert 'layer4.1.se' in capsys.readouterr().out
+
+
+def test_inspect_without_sites(capsys):
+    """A network without attention: exit code 1 and a hint."""
+    assert main(['inspect', 'test_resnet']) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    assert 'no attention site' in captured.err and 'block_args' in captured.err
+
+
 @pytest.mark.parametrize(('arguments', 'message'), [
+    (['inspect', 'resnet18', 'attn_layer'], "Expected OPTION=VALUE, got 'attn_layer'"),
+    (['inspect', 'resnett18'], 'did you mean'),
     (['train', 'quikstart'], "did you mean 'quickstart'"),
     (['train', 'quickstart', 'modell=x'], "Unknown key 'modell' (did you mean 'model'?)"),
     (['train', 'quickstart', 'model=dreal_se_resnet19'], "Unknown model 'dreal_se_resnet19' (did you mean"),

@@ -1,5 +1,8 @@
 """Readers: how to read the attention map of each class of modules that is recognised"""
 from .reader import KINDS, Reader, map_size
-from .table import READERS, WITHOUT_MAP, readers_of, register_attention, unread
+from .table import READERS, WITHOUT_MAP, readers_of, register_attention, unread, without_sites
 
-__all__ = ['KINDS', 'READERS', 'WITHOUT_MAP', 'Reader', 'map_size', 'readers_of', 'register_attention', 'unread']
+__all__ = [
+    'KINDS', 'READERS', 'WITHOUT_MAP', 'Reader', 'map_size', 'readers_of', 'register_attention', 'unread',
+    'without_sites',
+]

@@ -22,7 +22,7 @@ from .context import gather_excite, global_context
 from .reader import KINDS, Reader
 from .squeeze import SQUEEZE
 
-__all__ = ['READERS', 'WITHOUT_MAP', 'readers_of', 'register_attention', 'unread']
+__all__ = ['READERS', 'WITHOUT_MAP', 'readers_of', 'register_attention', 'unread', 'without_sites']
 
 READERS: dict[type[nn.Module], tuple[Reader, ...] | Callable[[Any], tuple[Reader, ...]]] = {
     **{cls: (reader,) for cls, reader in {**SQUEEZE, **CBAM}.items()},
@@ -62,6 +62,20 @@ def unread(model: nn.Module) -> dict[str, str]:
         elif cls not in READERS and isinstance(getattr(module, 'gate', None), nn.Sigmoid):
             reasons[cls.__name__] = 'its class is unknown; register it if the output of its gate is a map'
     return reasons
+
+
+def without_sites(model: nn.Module) -> str:
+    """Say that a model has no attention site, why, as far as can be told, and what can be done."""
+    text = (
+        f'{type(model).__name__} has no attention site, so there is nothing to judge. '
+        f'Sites are the gates of {", ".join(sorted({cls.__name__ for cls in READERS}))}. '
+    )
+    for name, reason in unread(model).items():
+        text += f'{name} is none: {reason}. '
+    return text + (
+        "timm.list_models('dreal_*') lists networks that have some, a ResNet takes attention by "
+        "block_args={'attn_layer': 'se'}, and dreal_timm.register_attention() adds a class of modules."
+    )
 
 
 def register_attention(cls: type[nn.Module], *readers: Reader) -> None:

@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dreal_timm.attention import attention_parameters, find_sites
-from dreal_timm.errors import UNREADABLE
+from dreal_timm.errors import UNREADABLE, nearest
+from dreal_timm.hub.load import check_model_name
 from dreal_timm.task import DrealTask
-from dreal_timm.train.config import nearest
 from dreal_timm.train.loaders import mixes
 
 __all__ = [
-    'build_model', 'build_optimizer', 'build_task', 'check_model_name', 'freeze_backbone', 'import_device_modules',
+    'build_model', 'build_optimizer', 'build_task', 'freeze_backbone', 'import_device_modules',
 ]
 
 
@@ -29,14 +29,6 @@ def import_device_modules(config: SimpleNamespace) -> None:
     """Import the modules that the recipe names, as timm's train.py does."""
     for name in config.device_modules or ():
         importlib.import_module(name)
-
-
-def check_model_name(name: str) -> None:
-    """Raise a ValueError that names the nearest model if timm knows none of this name."""
-    source, model = timm.models.parse_model_name(name)
-    if source is None and (not model or not timm.is_model(model)):
-        base = model.split('.')[0]
-        raise ValueError(f"Unknown model '{name}'{nearest(base, timm.list_models())}.")
 
 
 def _init_head(model: Any, scale: float | None, bias: float | None) -> None:

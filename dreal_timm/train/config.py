@@ -1,5 +1,4 @@
 """Recipes: where they are found, and how one becomes a configuration"""
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 import dreal_timm
+from dreal_timm.errors import nearest
 from dreal_timm.train.keys import Key, convert
 from dreal_timm.train.table import DREAL_KEYS, KEYS, NOT_SUPPORTED
 
@@ -38,12 +38,6 @@ def find_recipe(name: str | Path) -> Path:
         return recipes[str(name)]
     raise FileNotFoundError(
         f"No recipe '{name}'{nearest(str(name), recipes)}: neither a file nor one of {', '.join(recipes)}.")
-
-
-def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """Return a hint at the most similar known name, for the middle of a message, or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean '{matches[0]}'?)" if matches else ''
 
 
 def _parse(text: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from timm.data import create_dataset, resolve_data_config
 from timm.models import get_model_input_config
 
-from dreal_timm.train.config import nearest
+from dreal_timm.errors import nearest
 from dreal_timm.train.unreadable import name_unreadable
 
 __all__ = ['build_dataset', 'check_labels', 'class_names', 'data_config']

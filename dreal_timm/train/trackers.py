@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from dreal_timm.train.config import nearest
+from dreal_timm.errors import nearest
 
 __all__ = ['check_trackers', 'start_trackers', 'track']
 

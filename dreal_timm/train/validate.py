@@ -2,13 +2,11 @@
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
 
-from dreal_timm.errors import UNREADABLE
+from dreal_timm.hub.load import load_network
 from dreal_timm.train import datasets, loaders
-from dreal_timm.train.build import check_model_name
 from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
 
@@ -44,26 +42,7 @@ def validate(
         FileNotFoundError: The folder, the data or the checkpoint is missing.
         ValueError: No such model, or it has no weights, or they do not fit.
     """
-    name = model
-    if Path(model).is_dir():
-        if not (Path(model) / 'config.json').is_file():
-            raise FileNotFoundError(f"'{model}' has no config.json: it is not an exported model.")
-        name = f'local-dir:{model}'
-    elif '/' in model and ':' not in model:
-        raise FileNotFoundError(f"No folder '{model}' (models of the Hub are written hf-hub:USER/NAME).")
-    check_model_name(name)
-    if checkpoint and not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"No checkpoint '{checkpoint}'.")
-    source, _ = timm.models.parse_model_name(name)
-    if source is None and not checkpoint and not timm.models.is_model_pretrained(name):
-        raise ValueError(f"'{model}' has no published weights: name a folder, or pass a checkpoint.")
-    try:
-        network = timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None)
-    except UNREADABLE as error:
-        what = f"'{checkpoint}' as weights of '{model}'" if checkpoint else f"'{model}'"
-        hint = ' (a run exports its best epoch to the folder model/)' if checkpoint else ''
-        raise ValueError(f'Cannot load {what}{hint}: {" ".join(str(error).split())[:200]}') from error
-
+    network: Any = load_network(model, checkpoint)
     settings = dict(
         data_dir=str(data_dir), dataset=dataset, val_split=split, batch_size=batch_size, workers=workers)
     config = load_config(settings)
