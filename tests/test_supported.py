@@ -1,0 +1,22 @@
+"""A quick part of the sweep over timm's networks: `python tests/sweep.py` is all of it"""
+import pytest
+import sweep
+
+QUICK = (
+    'test_byobnet', 'test_efficientnet', 'mobilenetv3_small_050', 'regnety_002', 'test_nfnet', 'test_coatnet',
+    'resnest14d', 'skresnet18', 'legacy_seresnet18', 'ese_vovnet19b_slim_dw', 'efficientvim_m1', 'fastvit_t8',
+)
+
+
+@pytest.mark.parametrize('name', QUICK)
+def test_reinforced_steps(name):
+    """Sites are found, maps are read as used, bypass changes the output, gradients are isolated, keys stay."""
+    row = sweep.check(name)
+    line = next(line for line in sweep.DOCUMENT.read_text(encoding='utf-8').splitlines() if f'| {name} |' in line)
+    assert line.endswith(f"| {row['sites']} | {row['groups']} | {row['begin']} | yes |")
+
+
+def test_smallest_of_each_kind():
+    """One network of each kind is chosen, the smallest; networks without attention are none."""
+    found = [sweep.look(name) for name in ('seresnet50', 'seresnet18', 'ecaresnet26t', 'resnet18')]
+    assert [network.name for network in sweep.smallest(found)] == ['ecaresnet26t', 'seresnet18']
