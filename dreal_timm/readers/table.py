@@ -74,7 +74,8 @@ def without_sites(model: nn.Module) -> str:
         text += f'{name} is none: {reason}. '
     return text + (
         "timm.list_models('dreal_*') lists networks that have some, a ResNet takes attention by "
-        "block_args={'attn_layer': 'se'}, and dreal_timm.register_attention() adds a class of modules."
+        "block_args={'attn_layer': 'se'}, dreal_timm.find_sites(model) tells of any network, and "
+        'dreal_timm.register_attention() adds a class of modules.'
     )
 
 
