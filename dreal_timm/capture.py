@@ -15,7 +15,7 @@ from dreal_timm.gates import on_map, second_map
 from dreal_timm.overrides import scratch_buffers
 from dreal_timm.readers import Reader
 
-__all__ = ['Reading', 'bypass', 'read_map', 'record', 'tap']
+__all__ = ['Reading', 'bypass', 'read_map', 'record', 'replace', 'tap']
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,23 @@ def bypass(
         for index, site in enumerate(sites):
             change = flatten(None if rows is None else rows[index])
             stack.enter_context(on_map(*site_reader(model, site), change))
+        yield
+
+
+@contextmanager
+def replace(model: nn.Module, site: Site, attention: torch.Tensor) -> Iterator[None]:
+    """Replace the map of a site by a given one, for every sample, in the passes inside the context.
+
+    Args:
+        model: The model.
+        site: The site.
+        attention: A map in the shape that its gate gives it, with a first dimension of 1.
+    """
+
+    def change(own: torch.Tensor) -> torch.Tensor:
+        return attention.to(own).expand_as(own).contiguous()
+
+    with on_map(*site_reader(model, site), change):
         yield
 
 

@@ -19,7 +19,29 @@ from dreal_timm.readers import map_size
 from dreal_timm.restart import keep_inputs
 from dreal_timm.rotation import Rotation
 
-__all__ = ['DrealTrainableModule']
+__all__ = ['DrealTrainableModule', 'stack_readings']
+
+
+def stack_readings(
+        groups: Sequence[Group],
+        readings: Mapping[str, Reading],
+        maps: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return what the critics read: states (B, L, *judged_size) and maps (B, L, *size) of each group, float32.
+
+    Args:
+        groups: Groups of attention sites.
+        readings: What was recorded at each site, by its name.
+        maps: Map of each site, by its name, in the shape that its gate gives it.
+    """
+    states, stacked = {}, {}
+    for group in groups:
+        names = [site.name for site in group.sites]
+        shape = (-1, 1, *map_size(group.kind, maps[names[0]].shape))
+        judged = shape if group.kind == 'spatial' else shape[:3]
+        states[group.name] = torch.cat([readings[name].state.reshape(judged).float() for name in names], dim=1)
+        stacked[group.name] = torch.cat([maps[name].reshape(shape).float() for name in names], dim=1)
+    return states, stacked
 
 
 class DrealTrainableModule(nn.Module):
@@ -58,19 +80,10 @@ class DrealTrainableModule(nn.Module):
         last = max(layers.values(), default=0)
         return lambda name: layers.get(name.removeprefix('model.'), last) if name.startswith('model.') else last
 
-    def _read(self, readings: dict[str, Reading]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """States (B, L, *judged_size) and maps (B, L, *size) of each group, float32, the maps with a graph to theta."""
-        states, maps = {}, {}
-        for group in self.groups:
-            read = [readings[site.name] for site in group.sites]
-            shape = (-1, 1, *map_size(group.kind, read[0].attention.shape))
-            judged = shape if group.kind == 'spatial' else shape[:3]
-            states[group.name] = torch.cat([reading.state.reshape(judged).float() for reading in read], dim=1)
-            maps[group.name] = torch.cat([
-                read_map(self.model, site, reading).reshape(shape).float()
-                for site, reading in zip(group.sites, read, strict=True)
-            ], dim=1)
-        return states, maps
+    def _read(self, readings: Mapping[str, Reading]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        sites = [site for group in self.groups for site in group.sites]
+        maps = {site.name: read_map(self.model, site, readings[site.name]) for site in sites}
+        return stack_readings(self.groups, readings, maps)
 
     def forward(
             self,
