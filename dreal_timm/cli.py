@@ -1,4 +1,4 @@
-"""The command line: `dreal-timm train | validate | inspect | recipes | data`"""
+"""The command line: `dreal-timm train | validate | inspect | audit | compare | recipes | data`"""
 import argparse
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dreal_timm.errors import one_line
 from dreal_timm.version import __version__
@@ -60,6 +61,40 @@ def _inspect(args: argparse.Namespace) -> int:
     if not rows:
         print(without_sites(model), file=sys.stderr)
     return 0 if rows else 1
+
+
+def _audit_options(args: argparse.Namespace) -> dict[str, Any]:
+    keys = (
+        'dataset', 'split', 'class_map', 'sites', 'input_size', 'num_samples', 'batch_size', 'workers', 'device',
+        'seed', 'resamples', 'resume')
+    return {**{key: getattr(args, key) for key in keys}, 'command': ['dreal-timm', *args.argv]}
+
+
+def _needs_audit(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f'This command needs the package {error.name}: pip install "dreal_timm[audit]".')
+
+
+def _audit(args: argparse.Namespace) -> None:
+    try:
+        from dreal_timm.audit import audit_model, format_summary
+    except ModuleNotFoundError as error:
+        raise _needs_audit(error) from error
+    output = args.output or Path('output') / 'audit' / Path(args.model).name
+    done = audit_model(args.model, args.data, output, checkpoint=args.checkpoint, **_audit_options(args))
+    if done is not None:
+        print(f'{format_summary(done[1])}\nreport {output}/report.html')
+
+
+def _compare(args: argparse.Namespace) -> None:
+    try:
+        from dreal_timm.audit import compare_models, format_comparison
+    except ModuleNotFoundError as error:
+        raise _needs_audit(error) from error
+    output = args.output or Path('output') / 'compare' / f'{Path(args.first).name}-{Path(args.second).name}'
+    models = (args.first, args.second)
+    done = compare_models(models, output, args.data, args.labels, **_audit_options(args))
+    if done is not None:
+        print(f'{format_comparison(args.labels or models, done)}\nreport {output}/report.html')
 
 
 def _recipes(args: argparse.Namespace) -> None:
@@ -126,6 +161,34 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument('--json', action='store_true', help='print JSON')
     inspect.set_defaults(function=_inspect)
 
+    audit = commands.add_parser('audit', help='measure what each attention module of a trained network is worth')
+    audit.add_argument(
+        'model', metavar='MODEL_OR_DIR', help='name of a model, hf-hub:USER/NAME, an exported folder, or a run')
+    audit.add_argument('--data', metavar='DIR', required=True, help='folder of the data set')
+    audit.add_argument('--checkpoint', metavar='FILE', default='', help='weights to load')
+    audit.set_defaults(function=_audit)
+    compare = commands.add_parser('compare', help='compare two trained networks on the same images')
+    compare.add_argument('first', metavar='A', help='as of audit, or the folder of a finished audit')
+    compare.add_argument('second', metavar='B', help='the other')
+    compare.add_argument('--data', metavar='DIR', default='', help='folder of the data set; not for finished audits')
+    compare.add_argument('--labels', metavar=('A', 'B'), nargs=2, help='names for the two')
+    compare.set_defaults(function=_compare)
+    for command in (audit, compare):
+        command.add_argument('--output', metavar='DIR', default='', help='folder to write (output/COMMAND/MODEL)')
+        command.add_argument('--dataset', metavar='NAME', default='', help='kind/name as in a recipe (image folder)')
+        command.add_argument('--split', default='validation', help='split to look at (validation)')
+        command.add_argument('--class-map', metavar='FILE', default='', help='names of all classes of the network')
+        command.add_argument('--sites', metavar='SITE', nargs='+', help='sites, or modules that contain them (all)')
+        command.add_argument(
+            '--input-size', metavar=('C', 'H', 'W'), nargs=3, type=int, help="size of the images (the model's own)")
+        command.add_argument('--num-samples', metavar='N', type=int, help='images, drawn at random (all)')
+        command.add_argument('--batch-size', metavar='N', type=int, default=128, help='images a step (128)')
+        command.add_argument('--workers', metavar='N', type=int, default=2, help='loader processes (2)')
+        command.add_argument('--device', default=None, help='device (an accelerator where there is one)')
+        command.add_argument('--seed', type=int, default=0, help='of the draw of images and of the intervals (0)')
+        command.add_argument('--resamples', metavar='N', type=int, default=1000, help='bootstrap resamples (1000)')
+        command.add_argument('--resume', action='store_true', help='go on with one that was stopped')
+
     recipes = commands.add_parser('recipes', help='list the recipes of the package, or copy one')
     recipes.add_argument('--copy', metavar='NAME', default='', help='recipe to copy')
     recipes.add_argument('--keys', action='store_true', help='list the keys of a recipe with their defaults')
@@ -143,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 where nothing was found, or 2 after an error of the user's, told in a line."""
     args = _parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
     for name in ('timm', 'accelerate', 'httpx', 'huggingface_hub'):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,4 +1,28 @@
-"""What attention does in a network: which sites it has"""
+"""What attention does in a network: which sites it has, and what each of them is worth
+
+What measures and draws is imported when it is asked for: it needs the extra `audit`, the list of sites does not.
+"""
+from importlib import import_module
+from typing import Any
+
 from .sites import SiteRow as SiteRow
 from .sites import describe_sites as describe_sites
 from .sites import format_sites as format_sites
+
+_LAZY = {
+    'Audit': 'result', 'Auditor': 'effects', 'audit': 'run', 'audit_model': 'command', 'bootstrap': 'intervals',
+    'channel_attention': 'figures', 'compare_audits': 'compare', 'compare_models': 'compare',
+    'format_comparison': 'compare', 'format_summary': 'summary', 'gain_along_depth': 'figures',
+    'load_critic': 'calibration', 'reliability_diagram': 'figures', 'reward_distribution': 'figures',
+    'spatial_attention': 'figures', 'summarize': 'summary', 'training_curves': 'figures',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'{__name__}.{_LAZY[name]}'), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,122 @@
+"""`dreal-timm audit`: a network, a data set, and a folder of results"""
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from dreal_timm.audit.examples import collect_examples
+from dreal_timm.audit.report import draw_figures, write_report
+from dreal_timm.audit.result import Audit
+from dreal_timm.audit.run import audit_folder, remove_parts
+from dreal_timm.audit.subject import load_subject, open_images
+from dreal_timm.audit.summary import summarize, write_csv
+
+__all__ = ['audit_model', 'check_output', 'save_figures']
+
+_logger = logging.getLogger(__name__)
+
+
+def check_output(directory: Path, resume: bool) -> None:
+    """Raise a FileExistsError if the folder holds anything that is not to be gone on with."""
+    if int(os.environ.get('RANK', 0)):
+        return  # another process does
+    if (directory / 'audit.json').exists() or (directory / 'compare.json').exists():
+        raise FileExistsError(f"'{directory}' holds a finished audit: choose another folder.")
+    begun = (directory / 'parts').is_dir()
+    if directory.exists() and any(directory.iterdir()) and not (resume and begun):
+        hint = 'add --resume to go on with it, or ' if begun else ''
+        raise FileExistsError(f"'{directory}' exists and is not empty: {hint}choose another folder.")
+
+
+def save_figures(directory: Path, drawn: Mapping[str, Figure]) -> None:
+    """Write figures to PNG files, named as they are."""
+    directory.mkdir(exist_ok=True)
+    for name, figure in drawn.items():
+        figure.savefig(directory / f"{name.replace(' ', '-').replace('/', '-')}.png", dpi=150)
+
+
+def audit_model(
+        model: str,
+        data_dir: str,
+        output: str | Path,
+        *,
+        dataset: str = '',
+        split: str = 'validation',
+        checkpoint: str = '',
+        class_map: str = '',
+        sites: Sequence[str] | None = None,
+        input_size: Sequence[int] | None = None,
+        num_samples: int | None = None,
+        batch_size: int = 128,
+        workers: int = 2,
+        device: str | None = None,
+        seed: int = 0,
+        resamples: int = 1000,
+        resume: bool = False,
+        command: Sequence[str] = (),
+) -> tuple[Audit, dict[str, Any]] | None:
+    """Measure what each attention module of a trained network is worth, and write numbers, figures and a report.
+
+    The folder gets `audit.json` and `sites.csv` (figures, with intervals), `samples.safetensors` (what was measured of
+    each image), `maps.safetensors` (mean and variance of the maps), `examples.safetensors`, `figures/*.png` and
+    `report.html`. An audit that is stopped goes on with `resume`. Processes that `torchrun` started share the images.
+
+    Args:
+        model: Name of a timm model, 'hf-hub:USER/NAME', an exported folder, or the folder of a run, whose critic is
+            looked at as well.
+        data_dir: Folder of the data set.
+        output: Folder to write.
+        dataset: Kind and name of the data set as in a recipe; empty is an image folder.
+        split: Its split.
+        checkpoint: File with weights to load, in place of the model's published ones.
+        class_map: File with the names of all classes, where the network does not know those of the data set.
+        sites: Names of the sites to audit, or of modules that contain them; None are all.
+        input_size: (C, H, W) of the images; None is the model's own.
+        num_samples: Number of images, drawn at random; None are all.
+        batch_size: Images a batch.
+        workers: Loader processes.
+        device: Device; None takes an accelerator where there is one.
+        seed: Seed of the draw of images and of the intervals.
+        resamples: Bootstrap resamples.
+        resume: Go on with an audit of the same settings that was stopped.
+        command: Command line to name in the report.
+
+    Returns:
+        The audit and its summary (see `summarize`), on the process of rank 0; None on others.
+
+    Raises:
+        FileExistsError: The folder exists.
+        FileNotFoundError: The network, the data or the checkpoint is missing.
+        ValueError: The network has no attention site, or does not fit its weights or the data.
+    """
+    output = Path(output)
+    check_output(output, resume)
+    subject = load_subject(model, checkpoint, input_size)
+    images = open_images(subject.model, data_dir, dataset, split, class_map, input_size)
+    place = None if device is None else torch.device(device)
+    done = audit_folder(
+        subject, images, output, sites, input_size, num_samples, batch_size, workers, place, seed,
+        provenance={'data': str(data_dir), 'dataset': dataset, 'split': split},
+    )
+    if done is None:
+        return None
+    audit, auditor = done
+    if audit.unreadable:
+        _logger.warning(
+            f'{len(audit.unreadable)} images could not be read and are left out: {", ".join(audit.unreadable[:5])}')
+    examples = collect_examples(audit, auditor, images, next(subject.model.parameters()).device)
+    summary = summarize(audit, resamples=resamples, seed=seed)
+    runs = [model] if (Path(model) / 'summary.csv').is_file() and audit.quality is not None else []
+    label = Path(model).name if Path(model).is_dir() else model
+    drawn = draw_figures({label: audit}, {label: summary}, {label: examples}, runs)
+    examples.save(output)
+    write_csv(output / 'sites.csv', summary)
+    save_figures(output / 'figures', drawn)
+    write_report(output / 'report.html', {label: audit}, {label: summary}, {label: examples}, drawn, command)
+    audit.save(output, summary)  # the last: it is what tells a finished audit
+    remove_parts(output)
+    return audit, summary

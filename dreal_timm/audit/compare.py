@@ -1,0 +1,173 @@
+"""`dreal-timm compare`: two networks on the same images, before and after reinforcement, say
+
+Shape letters: N images.
+"""
+import csv
+import html
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreal_timm.audit.command import audit_model, check_output, save_figures
+from dreal_timm.audit.examples import Examples
+from dreal_timm.audit.intervals import bootstrap
+from dreal_timm.audit.report import draw_figures, write_report
+from dreal_timm.audit.result import SCHEMA_VERSION, Audit
+
+__all__ = ['compare_audits', 'compare_models', 'format_comparison']
+
+_logger = logging.getLogger(__name__)
+
+
+def compare_audits(first: Audit, second: Audit, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Return what differs between two networks on the same images, as plain values for JSON.
+
+    Images are paired: each resample of an interval takes the same ones of both networks.
+
+    Args:
+        first: Audit of a network.
+        second: Audit of another.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resamples.
+
+    Returns:
+        Dictionary of differences, second less first, each with '_low' and '_high' of its 95% interval:
+            - 'network': 'top1' (percentage points) and 'log_likelihood' (mean, nats)
+            - 'sites': For each site that both have, 'reward' over the images that both get right, and
+                'log_likelihood_gain' over all images
+
+    Raises:
+        ValueError: They are of different images.
+    """
+    if not (torch.equal(first.number, second.number) and torch.equal(first.target, second.target)):
+        raise ValueError('The audits are of different images: audit both networks on the same data set.')
+    options: dict[str, Any] = dict(resamples=resamples, seed=seed)
+
+    def interval(key: str, difference: torch.Tensor, weights: torch.Tensor | None = None) -> list[dict[str, float]]:
+        columns = bootstrap(difference.double(), weights, **options)
+        ends = ('', '_low', '_high')
+        return [
+            {f'{key}{end}': float(value) for end, value in zip(ends, values, strict=True)}
+            for values in zip(*columns, strict=True)
+        ]
+
+    shared = [name for name in first.names if name in second.names]
+    network = {
+        **interval('top1', 100 * (second.right.double() - first.right.double())[:, None])[0],
+        **interval('log_likelihood', (second.log_p - first.log_p)[:, None])[0],
+    }
+    sites: list[dict[str, Any]] = []
+    if shared:
+        own = [[audit.column(name) for name in shared] for audit in (first, second)]
+        rewards = second.rewards()[:, own[1]] - first.rewards()[:, own[0]]
+        gains = second.gain[:, own[1]] - first.gain[:, own[0]]
+        both = first.right & second.right
+        sites = [
+            {'site': name, **reward, **gain}
+            for name, reward, gain in zip(
+                shared, interval('reward', rewards, both), interval('log_likelihood_gain', gains), strict=True)
+        ]
+    return {'images': len(first.number), 'network': network, 'sites': sites}
+
+
+def format_comparison(labels: Sequence[str], comparison: Mapping[str, Any]) -> str:
+    """Return a comparison as text."""
+    network = comparison['network']
+    lines = [
+        f"{labels[1]} less {labels[0]}, {comparison['images']:,} images: top-1 {network['top1']:+.2f} points "
+        f"({network['top1_low']:+.2f} to {network['top1_high']:+.2f}), log-likelihood {network['log_likelihood']:+.4f} "
+        f"({network['log_likelihood_low']:+.4f} to {network['log_likelihood_high']:+.4f})"
+    ]
+    width = max((len(row['site']) for row in comparison['sites']), default=0)
+    for row in comparison['sites']:
+        interval = f"{row['reward_low']:+.4f} to {row['reward_high']:+.4f}"
+        lines.append(f"{row['site']:{width}}  reward {row['reward']:+.4f} ({interval})")
+    return '\n'.join(lines)
+
+
+def _audited(model: str, output: Path, data_dir: str, options: Mapping[str, Any]) -> Path:
+    """Return the folder of a finished audit: the one that is named, or a new one of the network that is named."""
+    if (Path(model) / 'audit.json').is_file():
+        return Path(model)
+    if not data_dir:
+        raise ValueError(f"'{model}' is no folder of a finished audit: --data DIR names the images to audit it on.")
+    if (output / 'audit.json').is_file():
+        return output  # of a comparison that was stopped later
+    audit_model(model, data_dir, output, **options)
+    return output
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    labels = [Path(model).name if Path(model).is_dir() else model for model in models]
+    return labels if labels[0] != labels[1] else [str(model) for model in models]
+
+
+def compare_models(
+        models: Sequence[str],
+        output: str | Path,
+        data_dir: str = '',
+        labels: Sequence[str] | None = None,
+        resamples: int = 1000,
+        resume: bool = False,
+        command: Sequence[str] = (),
+        **options: Any,
+) -> dict[str, Any] | None:
+    """Compare two networks on the same images, and write numbers, figures and a report.
+
+    The folder gets `compare.json`, `compare.csv`, `figures/*.png`, `report.html`, and an audit of each network that was
+    not audited yet, in `first/` and `second/`.
+
+    Args:
+        models: Two networks, as `audit_model` takes them, or folders of finished audits.
+        output: Folder to write.
+        data_dir: Folder of the data set; not needed for finished audits.
+        labels: Names for the two; None takes theirs.
+        resamples: Bootstrap resamples.
+        resume: Go on with a comparison of the same settings that was stopped.
+        command: Command line to name in the report.
+        **options: Further options of `audit_model`.
+
+    Returns:
+        What `compare_audits` returned, on the process of rank 0; None on others.
+
+    Raises:
+        FileExistsError: The folder exists.
+        ValueError: The audits are of different images, or the two have the same name.
+    """
+    output = Path(output)
+    if not resume or not output.exists() or (output / 'compare.json').exists():
+        check_output(output, resume)
+    names = list(labels or _labels(models))
+    if len(set(names)) != 2:
+        raise ValueError(f'A comparison needs two networks of different names, got {" and ".join(names)}.')
+    options = {'resamples': resamples, 'resume': resume, 'command': command, **options}
+    folders = [
+        _audited(model, output / part, data_dir, options)
+        for model, part in zip(models, ('first', 'second'), strict=True)
+    ]
+    if not all((folder / 'audit.json').is_file() for folder in folders):
+        return None  # another process writes them
+    audits = {name: Audit.load(folder) for name, folder in zip(names, folders, strict=True)}
+    comparison = compare_audits(audits[names[0]], audits[names[1]], resamples, options.get('seed', 0))
+    summaries = {
+        name: json.loads((folder / 'audit.json').read_text(encoding='utf-8'))
+        for name, folder in zip(names, folders, strict=True)
+    }
+    examples = {name: Examples.load(folder) for name, folder in zip(names, folders, strict=True)}
+    drawn = draw_figures(audits, summaries, examples)
+    output.mkdir(parents=True, exist_ok=True)
+    save_figures(output / 'figures', drawn)
+    told = html.escape(format_comparison(names, {**comparison, 'sites': []}))
+    write_report(output / 'report.html', audits, summaries, examples, drawn, command, f'<p>{told}</p>')
+    if comparison['sites']:
+        with (output / 'compare.csv').open('w', encoding='utf-8', newline='') as file:
+            writer = csv.DictWriter(file, list(comparison['sites'][0]))
+            writer.writeheader()
+            writer.writerows(comparison['sites'])
+    content = {'schema_version': SCHEMA_VERSION, 'first': names[0], 'second': names[1], **comparison}
+    (output / 'compare.json').write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+    return comparison

@@ -1,0 +1,196 @@
+"""What the attention maps of a batch are worth: the network's answer as it is, and with each map replaced
+
+Shape letters: B batch, K classes, L sites.
+"""
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from timm.models import get_model_input_config
+from torch import nn
+
+from dreal_timm.attention import Group, Site, find_sites, group_sites
+from dreal_timm.capture import Reading, record, replace
+from dreal_timm.critic import Critic
+from dreal_timm.draws import Draws, rng_state
+from dreal_timm.errors import nearest
+from dreal_timm.flow import trace_flow
+from dreal_timm.norms import record_norms
+from dreal_timm.overrides import module_flags
+from dreal_timm.passes import Entry, Judged, class_log_probability, counterfactual, travel
+from dreal_timm.readers import without_sites
+from dreal_timm.restart import keep_inputs
+from dreal_timm.reward import is_correct
+from dreal_timm.trainable import stack_readings
+
+__all__ = ['Answer', 'Auditor', 'Seen']
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network says of the true class.
+
+    Attributes:
+        log_p: Its log-probability, (B,), or (B, L) with the map of each site replaced.
+        right: Whether it wins or ties, of the same shape, bool.
+    """
+    log_p: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A batch as the network sees it, and what the passes with replaced maps begin with.
+
+    Attributes:
+        answer: Its answer.
+        maps: Map of each site, by its name, in the shape that its gate gives it.
+        quality: The critic's judgement of each map, (B, L); None without a critic.
+        judged: What other passes over the batch share with this one.
+        target: Class indices, (B,).
+    """
+    answer: Answer
+    maps: Mapping[str, torch.Tensor]
+    quality: torch.Tensor | None
+    judged: Judged
+    target: torch.Tensor
+
+
+class Auditor:
+    """Replace the maps of a network, one at a time, and see what becomes of its answer.
+
+    The network runs in evaluation mode, and nothing in it changes. Passes with a replaced map begin in the middle of
+    the network where its blocks run one after the other; the first batch is passed that way with nothing replaced, and
+    where that does not repeat the network's answer, passes run from the images.
+
+    Args:
+        model: A model with attention sites.
+        names: Names of the sites to replace, or of modules that contain them; None are all.
+        input_size: (C, H, W) of the images. None takes it from a timm model's config.
+        critic: Critics of all groups of the model, whose judgement is wanted.
+
+    Raises:
+        ValueError: The model has no site, or none of such a name.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            names: Sequence[str] | None = None,
+            input_size: Sequence[int] | None = None,
+            critic: Critic | None = None,
+    ):
+        self.model = model
+        self.critic = critic
+        sites = find_sites(model, input_size)
+        if not sites:
+            raise ValueError(without_sites(model))
+        self.groups: list[Group] = group_sites(sites)
+        self.sites: list[Site] = _chosen(sites, names)
+        if input_size is None:
+            input_size = get_model_input_config(model)['input_size']
+        self.restarts = dict(trace_flow(model, self.sites, input_size).restarts)
+        self._tried = False
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        with module_flags(self.model, training=False, grad_checkpointing=False), torch.no_grad():
+            yield
+
+    def see(self, images: torch.Tensor, target: torch.Tensor) -> Seen:
+        """Run the network as it is.
+
+        Args:
+            images: Images, (B, C, H, W), on the model's device.
+            target: Class indices, (B,).
+        """
+        needed = {name for restart in self.restarts.values() if restart is not None for name in restart.inputs}
+        watched = self.sites if self.critic is None else [site for group in self.groups for site in group.sites]
+        draws = Draws(rng_state(images.device))
+        with self._evaluating(), ExitStack() as stack:
+            readings = stack.enter_context(record(self.model, watched))
+            norms = stack.enter_context(record_norms(self.model))
+            kept = stack.enter_context(keep_inputs(self.model, sorted(needed)))
+            logits = self.model(images)
+            quality = self._judge(readings)
+        draws.after = rng_state(images.device)
+        judged = Judged(images, norms, draws, kept)
+        if not self._tried:
+            self._try(judged, logits, target)
+        maps = {site.name: readings[site.name].attention for site in self.sites}
+        return Seen(_answer(logits, target), maps, quality, judged, target)
+
+    def without(self, seen: Seen, constants: Mapping[str, torch.Tensor] | None = None) -> Answer:
+        """Run the network again for each site, with its map replaced.
+
+        Args:
+            seen: What `see` returned of the batch.
+            constants: Map of each site, by its name, with a first dimension of 1, for every sample. None takes, for
+                each sample, the mean of its own map (Eq. 1).
+        """
+        with self._evaluating():
+            answers = [
+                _answer(self._logits(seen.judged, site, None if constants is None else constants[site.name]),
+                        seen.target)
+                for site in self.sites
+            ]
+        return Answer(
+            torch.stack([answer.log_p for answer in answers], dim=1),
+            torch.stack([answer.right for answer in answers], dim=1),
+        )
+
+    def _logits(self, judged: Judged, site: Site, constant: torch.Tensor | None) -> torch.Tensor:
+        restart = None if judged.whole else self.restarts[site.name]
+        with nullcontext() if constant is None else replace(self.model, site, constant):
+            if restart is None:
+                return counterfactual(self.model, judged, [site] if constant is None else [])
+            return travel(self.model, judged, [Entry(restart, None)], null=constant is not None)
+
+    def _judge(self, readings: Mapping[str, Reading]) -> torch.Tensor | None:
+        if self.critic is None:
+            return None
+        maps = {name: reading.attention for name, reading in readings.items()}
+        quality = self.critic(*stack_readings(self.groups, readings, maps))
+        order = [site.name for group in self.groups for site in group.sites]
+        return quality[:, [order.index(site.name) for site in self.sites]]
+
+    def _try(self, judged: Judged, logits: torch.Tensor, target: torch.Tensor) -> None:
+        """Let passes of a site begin with the images where those that begin in the middle say something else."""
+        self._tried = True
+        rows = torch.arange(min(2, len(target)), device=logits.device)
+        expected = logits[rows].log_softmax(dim=1)
+        with self._evaluating():
+            for name, restart in self.restarts.items():
+                if restart is None or judged.whole:
+                    continue
+                again = travel(self.model, judged, [Entry(restart, rows)], null=True).log_softmax(dim=1)
+                if not torch.allclose(again, expected, rtol=1e-3, atol=1e-3):
+                    self.restarts[name] = None
+        stuck = [name for name, restart in self.restarts.items() if restart is None]
+        if stuck:
+            _logger.info(
+                f'Passes without the map of {stuck[0]}{" and others" if len(stuck) > 1 else ""} begin with the images, '
+                'since more than a block of what was computed before it is needed after it.'
+            )
+
+
+def _answer(logits: torch.Tensor, target: torch.Tensor) -> Answer:
+    return Answer(class_log_probability(logits, target), is_correct(logits, target))
+
+
+def _chosen(sites: Sequence[Site], names: Sequence[str] | None) -> list[Site]:
+    if names is None:
+        return list(sites)
+    for name in names:
+        if not any(_within(site, name) for site in sites):
+            hint = nearest(name, [site.name for site in sites])
+            raise ValueError(f"No attention site '{name}'{hint}; `dreal-timm inspect` lists them.")
+    return [site for site in sites if any(_within(site, name) for name in names)]
+
+
+def _within(site: Site, name: str) -> bool:
+    return site.name == name or site.name.startswith((f'{name}.', f'{name}:'))
