@@ -39,8 +39,9 @@ class _Recorder:
         sources = (reader.source,) if isinstance(reader.source, str) else reader.source or ()
         for source in sources:
             stack.callback(module.get_submodule(source).register_forward_pre_hook(self.on_source).remove)
-        if reader.features is not None:
-            stack.callback(module.get_submodule(reader.features).register_forward_hook(self.on_features).remove)
+        gated = (reader.features,) if isinstance(reader.features, str) else reader.features or ()
+        for name in gated:
+            stack.callback(module.get_submodule(name).register_forward_hook(self.on_features).remove)
         stack.callback(module.register_forward_hook(self.on_output).remove)
 
     def on_map(self, attention: torch.Tensor) -> None:
@@ -53,11 +54,15 @@ class _Recorder:
         self.features.append(output.detach())
 
     def on_output(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
-        features = self.features[-1] if self.features else args[0].detach()
         with torch.no_grad():
+            features = _joined(self.features) if self.features else args[0].detach()
             self.done(Reading(self.maps[-1], *self.reader.describes(module, features, *self.pooled)))
         for seen in (self.maps, self.pooled, self.features):
             seen.clear()
+
+
+def _joined(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    return features[0] if len(features) == 1 else torch.cat(list(features), dim=1)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from timm.layers.selective_kernel import SelectiveKernel
 from timm.layers.split_attn import SplitAttn
 from timm.layers.squeeze_excite import EffectiveSEModule, SEModule, SqueezeExciteCl
 from timm.models._efficientnet_blocks import SqueezeExcite
+from timm.models.ghostnet import GhostModuleV2, GhostModuleV3
+from timm.models.hgnet import EseModule as HgnetEseModule
 from timm.models.senet import SEModule as SenetSEModule
 from torch import nn
 
@@ -184,6 +186,30 @@ def split_output(module, x, attention):
     return (features * attention.view(len(x), module.radix, C, 1, 1)).sum(1)
 
 
+def hgnet(module, x):
+    return [torch.sigmoid(module.conv(mean(x, 2, 3)))]
+
+
+def ghost(module, x):
+    return [torch.sigmoid(module.short_conv(F.avg_pool2d(x, 2)))]
+
+
+def ghost_features(module, x):
+    if isinstance(module, GhostModuleV2):
+        first = module.primary_conv(x)
+        second = module.cheap_operation(first)
+    else:
+        first = F.relu(sum(conv(x) for conv in module.primary_rpr_conv))
+        cheap = [module.cheap_rpr_scale, module.cheap_rpr_skip, *module.cheap_rpr_conv]
+        second = F.relu(sum(branch(first) for branch in cheap))
+    return torch.cat([first, second], dim=1)[:, :module.out_chs]
+
+
+def ghost_output(module, x, attention):
+    rows, columns = (torch.arange(n) * m // n for n, m in zip(x.shape[2:], attention.shape[2:], strict=True))
+    return ghost_features(module, x) * attention[:, :, rows][:, :, :, columns]
+
+
 def gather_excite(extent: int) -> GatherExcite:
     """As timm would build it if its factory passed options on by their names."""
     module = GatherExcite(C, extent=extent, use_mlp=False)
@@ -195,7 +221,7 @@ def gather_excite(extent: int) -> GatherExcite:
 class Case:
     """How to build a module, its maps by hand, its output by hand from input and maps, and what to expect.
 
-    `features` are what the module gates, where that is not its input.
+    `features` are what the module gates, where that is not its input; `size` is that of a map that is not as large.
     """
     make: Callable[[], nn.Module]
     maps: Callable
@@ -205,6 +231,7 @@ class Case:
     channels_last: bool = False
     site: str = ''
     features: Callable | None = None
+    size: tuple[int, ...] | None = None
 
 
 CASES = {
@@ -214,6 +241,16 @@ CASES = {
     'ese': Case(lambda: EffectiveSEModule(C), ese),
     'se_last': Case(lambda: SqueezeExciteCl(C, rd_channels=4), se_last, channels_last=True),
     'squeeze_excite': Case(lambda: SqueezeExcite(C, rd_channels=4, act_layer=nn.SiLU), squeeze_excite),
+    'hgnet': Case(lambda: HgnetEseModule(C), hgnet),
+    'ghost': Case(
+        lambda: GhostModuleV2(C, C), ghost, ('full',), ghost_output, ('short_conv',), features=ghost_features,
+        size=(C, 3, 2)),
+    'ghost_odd': Case(
+        lambda: GhostModuleV2(C, C - 1), ghost, ('full',), ghost_output, ('short_conv',), features=ghost_features,
+        size=(C - 1, 3, 2)),
+    'ghost_3': Case(
+        lambda: GhostModuleV3(C, C, mode='shortcut'), ghost, ('full',), ghost_output, ('short_conv',),
+        features=ghost_features, size=(C, 3, 2)),
     'senet': Case(lambda: SenetSEModule(C, 4), senet),
     'eca': Case(lambda: create_attn('eca', C), eca),
     'ecam': Case(lambda: create_attn('ecam', C), ecam),
@@ -272,7 +309,7 @@ def test_sites_by_hand(case):
     module, _, sites = build(case)
     sizes = {
         'channel': (C,), 'spatial': (6, 5), 'height': (C, 6), 'width': (C, 5), 'full': (C, 6, 5), 'branch': (2 * C,)}
-    assert [(site.kind, site.size) for site in sites] == [(kind, sizes[kind]) for kind in case.kinds]
+    assert [(site.kind, site.size) for site in sites] == [(kind, case.size or sizes[kind]) for kind in case.kinds]
     name = '0' + f'.{case.site}' * bool(case.site)
     assert [site.name for site in sites] == ([name] if len(sites) == 1 else [f'{name}:height', f'{name}:width'])
     assert all(site.module == name for site in sites)
@@ -388,6 +425,9 @@ NETWORKS = {
     'ge': ('test_resnet', dict(block_args=dict(attn_layer=lambda channels, **_: gather_excite_of(channels)))),
     'sk': ('skresnet18', {}),
     'splat': ('resnest14d', {}),
+    'hgnet': ('hgnet_tiny', {}),
+    'ghost': ('ghostnetv2_100', {}),
+    'ghost_3': ('ghostnetv3_050', {}),
 }
 
 
@@ -403,7 +443,9 @@ def test_one_reinforced_step(network, probe):
     """Backbone from L_c, theta from L_c and L_q, critic from L_r, in a network with each kind of attention."""
     name, options = NETWORKS[network]
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, zero_init_last=False, **options)
+    if 'res' in name:
+        options = dict(options, zero_init_last=False)
+    model = timm.create_model(name, num_classes=5, **options)
     for module in model.modules():
         if isinstance(module, GlobalContext) and module.mlp_add is not None:
             nn.init.normal_(module.mlp_add.fc2.weight, std=0.1)  # zero at first: its map is the same for all images

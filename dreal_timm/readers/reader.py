@@ -62,7 +62,8 @@ class Reader:
         calls: How many times a module calls its gate.
         activation: What the module itself does with the gate's output to make the map. It must then return its input
             times the map.
-        features: Name of the submodule whose output is gated. None: the module's input, its first argument.
+        features: Name of the submodule whose output is gated, or names of those whose outputs are, one after the other
+            along the channels. None: the module's input, its first argument.
         parameters: Names of the submodules that hold the attention parameters. None: all of the module's.
     """
     kind: str
@@ -74,7 +75,7 @@ class Reader:
     call: int = 0
     calls: int = 1
     activation: Callable[[torch.Tensor], torch.Tensor] | None = None
-    features: str | None = None
+    features: str | tuple[str, ...] | None = None
     parameters: tuple[str, ...] | None = None
 
     def describes(self, module: nn.Module, features: torch.Tensor, *pooled: torch.Tensor) -> Description:

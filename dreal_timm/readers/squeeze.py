@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from timm.layers.eca import CecaModule, EcaModule
 from timm.layers.squeeze_excite import EffectiveSEModule, SEModule, SqueezeExciteCl
 from timm.models._efficientnet_blocks import SqueezeExcite
+from timm.models.hgnet import EseModule as HgnetEseModule
 from timm.models.senet import SEModule as SenetSEModule
 from torch import nn
 
@@ -39,6 +40,10 @@ def _se(module: SEModule, pooled: torch.Tensor) -> torch.Tensor:
 
 def _effective_se(module: EffectiveSEModule, pooled: torch.Tensor) -> torch.Tensor:
     return module.gate(pointwise(module.fc, pooled))
+
+
+def _hgnet(module: HgnetEseModule, pooled: torch.Tensor) -> torch.Tensor:
+    return module.sigmoid(pointwise(module.conv, pooled))
 
 
 def _se_channels_last(module: SqueezeExciteCl, pooled: torch.Tensor) -> torch.Tensor:
@@ -77,6 +82,7 @@ def _style(module: SrmModule, style: torch.Tensor) -> torch.Tensor:
 SQUEEZE: dict[type[nn.Module], Reader] = {
     SEModule: Reader('channel', _pooled_by, _se, source='fc1'),
     EffectiveSEModule: Reader('channel', _pooled_by, _effective_se, source='fc'),
+    HgnetEseModule: Reader('channel', _pooled, _hgnet, gate='sigmoid', source='conv'),
     SqueezeExciteCl: Reader('channel', _pooled, _se_channels_last, source='fc1'),
     SqueezeExcite: Reader('channel', _pooled, _squeeze_excite, source='conv_reduce'),
     SenetSEModule: Reader('channel', _pooled, _senet, gate='sigmoid', source='fc1'),

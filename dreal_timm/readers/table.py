@@ -5,6 +5,7 @@ Modules are recognised by their class alone; a subclass may compute its map anot
 from collections.abc import Callable
 from typing import Any
 
+from timm.layers.activations import HardSigmoid, Sigmoid
 from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.layers.gather_excite import GatherExcite
 from timm.layers.global_context import GlobalContext
@@ -13,12 +14,14 @@ from timm.layers.lambda_layer import LambdaLayer
 from timm.layers.non_local_attn import BatNonLocalAttn, NonLocalAttn
 from timm.layers.selective_kernel import SelectiveKernelAttn
 from timm.layers.split_attn import SplitAttn
+from timm.models.ghostnet import GhostModuleV2, GhostModuleV3
 from torch import nn
 
 from .axes import AXES
 from .branches import SELECTIVE_KERNEL, split_attention
 from .cbam import CBAM
 from .context import gather_excite, global_context
+from .ghost import ghost, ghost_reparameterised
 from .reader import KINDS, Reader
 from .squeeze import SQUEEZE
 
@@ -28,11 +31,16 @@ READERS: dict[type[nn.Module], tuple[Reader, ...] | Callable[[Any], tuple[Reader
     **{cls: (reader,) for cls, reader in {**SQUEEZE, **CBAM}.items()},
     **AXES,
     GatherExcite: gather_excite,
+    GhostModuleV2: ghost,
+    GhostModuleV3: ghost_reparameterised,
     GlobalContext: global_context,
     SelectiveKernelAttn: (SELECTIVE_KERNEL,),
     SplitAttn: split_attention,
 }
 
+# what modules of attention, in timm and elsewhere, call what makes their maps
+_GATES = ('gate', 'gate_fn', 'gate_act', 'sigmoid')
+_SIGMOIDS = (nn.Sigmoid, nn.Hardsigmoid, Sigmoid, HardSigmoid)
 _RELATION = 'its weights relate positions to each other: they are no map over the features that it gates'
 WITHOUT_MAP: dict[type[nn.Module], str] = {
     NonLocalAttn: _RELATION,
@@ -59,7 +67,7 @@ def unread(model: nn.Module) -> dict[str, str]:
         elif cls not in READERS and isinstance(module, tuple(READERS)):
             base = next(base for base in cls.__mro__ if base in READERS)
             reasons[cls.__name__] = f'a subclass of {base.__name__} may compute its map another way; register it'
-        elif cls not in READERS and isinstance(getattr(module, 'gate', None), nn.Sigmoid):
+        elif cls not in READERS and any(isinstance(getattr(module, name, None), _SIGMOIDS) for name in _GATES):
             reasons[cls.__name__] = 'its class is unknown; register it if the output of its gate is a map'
     return reasons
 
