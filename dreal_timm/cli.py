@@ -94,7 +94,7 @@ def _compare(args: argparse.Namespace) -> None:
     models = (args.first, args.second)
     done = compare_models(models, output, args.data, args.labels, **_audit_options(args))
     if done is not None:
-        print(f'{format_comparison(args.labels or models, done)}\nreport {output}/report.html')
+        print(f'{format_comparison(done)}\nreport {output}/report.html')
 
 
 def _recipes(args: argparse.Namespace) -> None:

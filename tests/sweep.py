@@ -19,6 +19,7 @@ from torch import nn
 
 from dreal_timm import DrealTask
 from dreal_timm.attention import Site, attention_parameters, find_sites, site_reader
+from dreal_timm.audit import Auditor
 from dreal_timm.capture import bypass, read_map, record
 from dreal_timm.gates import second_map
 from dreal_timm.overrides import scratch_buffers
@@ -117,18 +118,8 @@ def used_maps(model: nn.Module, sites: Sequence[Site], input: torch.Tensor) -> d
     return maps
 
 
-def check(name: str) -> dict[str, object]:
-    """Take reinforced steps with a network; raise an AssertionError where anything is not as it must be."""
-    model, size = fitting(name)
-    randomise(model)
-    model.train()
-    keys = set(model.state_dict())
-    sites = find_sites(model, (3, size, size))
-    assert sites, 'no site was found'
-    torch.manual_seed(2)
-    input, target = torch.randn(3, 3, size, size), torch.arange(3)
-
-    # maps read are the maps used, and reading them again gives the same
+def check_reading(model: nn.Module, sites: Sequence[Site], input: torch.Tensor) -> None:
+    """Maps read are the maps used, bit for bit, and computing them again gives the same."""
     used = used_maps(model, sites, input)
     start = copy.deepcopy(model.state_dict())
     torch.manual_seed(1)
@@ -144,21 +135,32 @@ def check(name: str) -> dict[str, object]:
             again = second_map(module, reader, *reading.descriptors)
         torch.testing.assert_close(again, used[site.name], rtol=1e-4, atol=1e-5)
 
-    # a bypassed map changes the output
+
+def check_audit(model: nn.Module, sites: Sequence[Site], input: torch.Tensor, target: torch.Tensor) -> None:
+    """A bypassed map changes the output, and an audit says what the network does without it."""
+    auditor = Auditor(model, input_size=tuple(input.shape[1:]))
+    answer = auditor.without(auditor.see(input, target))
     model.eval()
     with torch.no_grad():
         plain = model(input)
-        for site in (sites[0], sites[-1]):
+        for site in {sites[0], sites[-1]}:
             with bypass(model, [site]):
-                assert not torch.equal(model(input), plain), f'{site.name}: bypassing it changes nothing'
+                output = model(input)
+            assert not torch.equal(output, plain), f'{site.name}: bypassing it changes nothing'
+            expected = output.log_softmax(1).gather(1, target[:, None]).squeeze(1)
+            seen = answer.log_p[:, auditor.sites.index(site)]
+            torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-3)
     model.train()
 
-    # reinforced steps: theta learns from L_q, the rest of the network does not
+
+def check_steps(model: nn.Module, sites: Sequence[Site], input: torch.Tensor, target: torch.Tensor) -> DrealTask:
+    """In reinforced steps theta learns from L_q, and the rest of the network does not; keys stay."""
+    keys = set(model.state_dict())
     gradients = []
     for weight in (0.0, 1.0):
         twin = copy.deepcopy(model)
         task = DrealTask(
-            twin, verbose=False, input_size=(3, size, size), probe='split', rotate='step', actor_weight=weight)
+            twin, verbose=False, input_size=tuple(input.shape[1:]), probe='split', rotate='step', actor_weight=weight)
         task.get_trainable_module().train()
         torch.manual_seed(3)
         result = task(input, target)
@@ -174,6 +176,21 @@ def check(name: str) -> dict[str, object]:
         if (g is None) != (gradients[0][n] is None) or (g is not None and not torch.equal(g, gradients[0][n]))}
     assert changed <= theta, f'L_q reached {sorted(changed - theta)[0]}'
     assert changed, 'L_q reached no attention parameter'
+    return task
+
+
+def check(name: str) -> dict[str, object]:
+    """Audit a network and take reinforced steps; raise an AssertionError where anything is not as it must be."""
+    model, size = fitting(name)
+    randomise(model)
+    model.train()
+    sites = find_sites(model, (3, size, size))
+    assert sites, 'no site was found'
+    torch.manual_seed(2)
+    input, target = torch.randn(3, 3, size, size), torch.arange(3)
+    check_reading(model, sites, input)
+    check_audit(model, sites, input, target)
+    task = check_steps(model, sites, input, target)
 
     flow = task.measure.probe.flow
     plans = [flow.restarts[site.name] for site in sites]
@@ -203,9 +220,10 @@ def document(found: Sequence[Network], rows: Sequence[tuple[Network, dict[str, o
 
 Of the {len(found)} networks in timm {timm.__version__}, {len(having)} have attention sites, in {len(rows)} kinds:
 a file of timm and the classes of attention in it. The smallest network of each kind took reinforced steps at a small
-size: the maps that were read are those that were used, bit for bit; replacing one by its mean changes the output; L_q
-reaches attention parameters and nothing else; the keys of the state dict stay. It works for {len(working)} kinds,
-{covered} networks. `python tests/sweep.py` does all that and writes this page.
+size and was audited: the maps that were read are those that were used, bit for bit; replacing one by its mean changes
+the output, and the audit says by how much; L_q reaches attention parameters and nothing else; the keys of the state
+dict stay. It works for {len(working)} kinds, {covered} networks. `python tests/sweep.py` does all that and writes this
+page; `pytest -m sweep` does it as a test.
 
 *Passes from*: where counterfactual passes begin - at the sites, at the blocks around some of them, or with the images,
 which is slower (see performance.md).
@@ -239,12 +257,9 @@ Modules that look like attention and have no site:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--only', nargs='+', help='patterns of names, as in timm.list_models; nothing is written')
-    args = parser.parse_args()
-    names = networks() if args.only is None else timm.list_models(args.only)
-    found = [look(name) for name in names]
+def sweep(patterns: Sequence[str] | None = None) -> str:
+    """Look at all networks, or at those of some names, try one of each kind, and return the text of the document."""
+    found = [look(name) for name in (networks() if patterns is None else timm.list_models(patterns))]
     rows = []
     for network in smallest(found):
         begun = time.perf_counter()
@@ -253,8 +268,16 @@ def main() -> None:
         told = result.get('trace') or ', '.join(f'{key} {value}' for key, value in result.items())
         print(f'{network.file} {"+".join(sorted(network.attention))} {network.name}: {told}'
               f' ({time.perf_counter() - begun:.0f} s)', flush=True)
+    return document(found, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--only', nargs='+', help='patterns of names, as in timm.list_models; nothing is written')
+    args = parser.parse_args()
+    text = sweep(args.only)
     if args.only is None:
-        DOCUMENT.write_text(document(found, rows), encoding='utf-8')
+        DOCUMENT.write_text(text, encoding='utf-8')
         print(f'written: {DOCUMENT}')
 
 

@@ -1,10 +1,11 @@
-"""A quick part of the sweep over timm's networks: `python tests/sweep.py` is all of it"""
+"""The sweep over timm's networks: a quick part of it always, all of it by `pytest -m sweep`"""
 import pytest
 import sweep
 
 QUICK = (
     'test_byobnet', 'test_efficientnet', 'mobilenetv3_small_050', 'regnety_002', 'test_nfnet', 'test_coatnet',
     'resnest14d', 'skresnet18', 'legacy_seresnet18', 'ese_vovnet19b_slim_dw', 'efficientvim_m1', 'fastvit_t8',
+    'ghostnetv3_050',
 )
 
 
@@ -20,3 +21,13 @@ def test_smallest_of_each_kind():
     """One network of each kind is chosen, the smallest; networks without attention are none."""
     found = [sweep.look(name) for name in ('seresnet50', 'seresnet18', 'ecaresnet26t', 'resnet18')]
     assert [network.name for network in sweep.smallest(found)] == ['ecaresnet26t', 'seresnet18']
+
+
+@pytest.mark.sweep
+def test_all_networks_of_timm():
+    """docs/supported.md is what the sweep finds with this version of timm, and every kind works."""
+    text = sweep.sweep()
+    assert text == sweep.DOCUMENT.read_text(encoding='utf-8')
+    kinds = [line for line in text.splitlines() if line.count('|') == 9][2:]
+    assert len(kinds) > 30
+    assert all(line.endswith('| yes |') for line in kinds)

@@ -74,11 +74,12 @@ def compare_audits(first: Audit, second: Audit, resamples: int = 1000, seed: int
     return {'images': len(first.number), 'network': network, 'sites': sites}
 
 
-def format_comparison(labels: Sequence[str], comparison: Mapping[str, Any]) -> str:
-    """Return a comparison as text."""
+def format_comparison(comparison: Mapping[str, Any]) -> str:
+    """Return a comparison, with the names of the networks as 'first' and 'second', as text."""
     network = comparison['network']
     lines = [
-        f"{labels[1]} less {labels[0]}, {comparison['images']:,} images: top-1 {network['top1']:+.2f} points "
+        f"{comparison['second']} less {comparison['first']}, {comparison['images']:,} images: "
+        f"top-1 {network['top1']:+.2f} points "
         f"({network['top1_low']:+.2f} to {network['top1_high']:+.2f}), log-likelihood {network['log_likelihood']:+.4f} "
         f"({network['log_likelihood_low']:+.4f} to {network['log_likelihood_high']:+.4f})"
     ]
@@ -132,7 +133,8 @@ def compare_models(
         **options: Further options of `audit_model`.
 
     Returns:
-        What `compare_audits` returned, on the process of rank 0; None on others.
+        What `compare_audits` returned, with the names as 'first' and 'second', on the process of rank 0; None on
+        others.
 
     Raises:
         FileExistsError: The folder exists.
@@ -161,13 +163,13 @@ def compare_models(
     drawn = draw_figures(audits, summaries, examples)
     output.mkdir(parents=True, exist_ok=True)
     save_figures(output / 'figures', drawn)
-    told = html.escape(format_comparison(names, {**comparison, 'sites': []}))
+    content = {'schema_version': SCHEMA_VERSION, 'first': names[0], 'second': names[1], **comparison}
+    told = html.escape(format_comparison({**content, 'sites': []}))
     write_report(output / 'report.html', audits, summaries, examples, drawn, command, f'<p>{told}</p>')
     if comparison['sites']:
         with (output / 'compare.csv').open('w', encoding='utf-8', newline='') as file:
             writer = csv.DictWriter(file, list(comparison['sites'][0]))
             writer.writeheader()
             writer.writerows(comparison['sites'])
-    content = {'schema_version': SCHEMA_VERSION, 'first': names[0], 'second': names[1], **comparison}
     (output / 'compare.json').write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-    return comparison
+    return content

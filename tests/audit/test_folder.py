@@ -1,0 +1,306 @@
+"""`dreal-timm audit`: folders, resume, processes, and what can be wrong with models and images"""
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import make_model
+from PIL import Image
+
+from dreal_timm import DrealTask
+from dreal_timm.attention import find_sites, group_sites
+from dreal_timm.audit import Audit, audit, audit_model, command, load_critic, run
+from dreal_timm.audit.images import NumberedImages
+from dreal_timm.audit.subject import _digest, load_subject, open_images
+from dreal_timm.cli import main
+from dreal_timm.hub import export
+
+OPTIONS = {'workers': 0, 'device': 'cpu', 'resamples': 20, 'batch_size': 5}
+
+
+def test_audit_of_a_run(run_folder, images, tmp_path, capsys):
+    """The command writes all files; their numbers are those of the exported network and the best epoch's critic."""
+    output = tmp_path / 'out'
+    arguments = ['audit', str(run_folder), '--data', str(images), '--output', str(output), '--workers', '0']
+    assert main([*arguments, '--device', 'cpu', '--resamples', '50', '--batch-size', '5']) == 0
+    out = capsys.readouterr().out
+    assert sorted(path.name for path in output.iterdir()) == [
+        'audit.json', 'examples.safetensors', 'figures', 'maps.safetensors', 'report.html', 'samples.safetensors',
+        'sites.csv']
+    content = json.loads((output / 'audit.json').read_text())
+    assert content['schema_version'] == 1
+    assert content['provenance']['model'] == str(run_folder)
+    assert content['provenance']['versions']['torch'] == torch.__version__
+    with (output / 'sites.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['site'] for row in rows] == [row['site'] for row in content['sites']]
+    assert float(rows[0]['reward']) == content['sites'][0]['reward']
+    assert f"top-1 {content['network']['top1']:.2f} %" in out
+    assert all(row['site'] in out for row in content['sites'])
+    assert out.splitlines()[-1] == f'report {output}/report.html'
+
+    model = timm.create_model(f'local-dir:{run_folder}/model', pretrained=True)
+    found = open_images(model, str(images))
+    batch = [found[number] for number in range(12)]
+    pixels, target = torch.stack([item[0] for item in batch]), torch.tensor([item[1] for item in batch])
+    loaded = Audit.load(output)
+    critic = load_critic(run_folder / 'model_best.pth.tar', group_sites(find_sites(model)))
+    expected = audit(model, [(pixels, target)], critic=critic)
+    for name in ('log_p', 'mean_log_p', 'constant_log_p', 'quality'):
+        torch.testing.assert_close(getattr(loaded, name), getattr(expected, name), rtol=0, atol=1e-5)
+    assert content['network']['top1'] == pytest.approx(100 * (model.eval()(pixels).argmax(1) == target).float().mean())
+    assert loaded.number.tolist() == list(range(12))
+
+
+def test_top1_is_that_of_validate(run_folder, images, tmp_path, capsys):
+    """The audit's top-1 is what `dreal-timm validate` measures."""
+    model = str(run_folder / 'model')
+    assert main(['validate', model, '--data', str(images), '--workers', '0', '--device', 'cpu']) == 0
+    measured = json.loads(capsys.readouterr().out)
+    found, summary = audit_model(model, str(images), tmp_path / 'out', **OPTIONS)
+    assert summary['network']['top1'] == pytest.approx(measured['top1'])
+    assert found.quality is None  # an exported network has no critic
+
+
+def test_the_critic_is_the_best_epochs(run_folder, tmp_path):
+    """The critic of a checkpoint has its weights; that of another network is an error; plain training has none."""
+    checkpoint = torch.load(run_folder / 'model_best.pth.tar', weights_only=True)
+    model = timm.create_model(f'local-dir:{run_folder}/model', pretrained=True)
+    critic = load_critic(run_folder / 'model_best.pth.tar', group_sites(find_sites(model)))
+    saved = checkpoint['task_state']['critic']
+    assert critic.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in critic.state_dict().items())
+    other = make_model('se')
+    with pytest.raises(ValueError, match=r'judges .*layer1_channel'):
+        load_critic(run_folder / 'model_best.pth.tar', group_sites(find_sites(other, (3, 64, 64))))
+    torch.save({'state_dict': checkpoint['state_dict']}, tmp_path / 'plain.pth.tar')
+    assert load_critic(tmp_path / 'plain.pth.tar', group_sites(find_sites(model))) is None
+
+
+@pytest.mark.parametrize('options', [{'cell': 'gru'}, {'hidden_size': 3, 'depth': 2}])
+def test_critics_of_other_shapes(options, tmp_path):
+    """Cell, hidden size and depth are read off the weights."""
+    model = make_model('se')
+    task = DrealTask(
+        model, input_size=(3, 64, 64), verbose=False, **{f'critic_{key}': value for key, value in options.items()})
+    torch.save({'task_state': task.get_task_state()}, tmp_path / 'last.pth.tar')
+    critic = load_critic(tmp_path / 'last.pth.tar', task.groups)
+    made = task.get_trainable_module().critic
+    for name, module in critic.items():
+        assert type(module.rnn) is type(made[name].rnn)
+        assert (module.hidden_size, module.rnn.num_layers) == (made[name].hidden_size, made[name].rnn.num_layers)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of five images."""
+    monkeypatch.setattr('dreal_timm.audit.parts._FEWEST', 5)
+    monkeypatch.setattr('dreal_timm.audit.parts._PARTS', 100)
+
+
+@pytest.mark.parametrize('stop', [2, 5])
+def test_resume(run_folder, images, tmp_path, monkeypatch, small_parts, stop):
+    """An audit that stops in either pass goes on with what is left, and ends where an uninterrupted one does."""
+    whole, _ = audit_model(str(run_folder), str(images), tmp_path / 'whole', **OPTIONS)
+    asked = []
+    save = run.Parts.save
+
+    def stopping(self, phase, part, tensors):
+        if len(asked) == stop:
+            raise Stopped
+        asked.append((phase, part))
+        save(self, phase, part, tensors)
+
+    monkeypatch.setattr(run.Parts, 'save', stopping)
+    with pytest.raises(Stopped):
+        audit_model(str(run_folder), str(images), tmp_path / 'cut', **OPTIONS)
+    assert not (tmp_path / 'cut' / 'audit.json').exists()
+    with pytest.raises(FileExistsError, match='--resume'):
+        audit_model(str(run_folder), str(images), tmp_path / 'cut', **OPTIONS)
+    with pytest.raises(ValueError, match=r'another audit .*split'):
+        audit_model(str(run_folder), str(images), tmp_path / 'cut', split='train', resume=True, **OPTIONS)
+    monkeypatch.setattr(run.Parts, 'save', lambda self, phase, part, tensors: (
+        asked.append((phase, part)), save(self, phase, part, tensors)))
+    resumed, _ = audit_model(str(run_folder), str(images), tmp_path / 'cut', resume=True, **OPTIONS)
+    assert asked == [(phase, part) for phase in ('first', 'second') for part in range(3)]
+    for name in ('number', 'target', 'log_p', 'mean_log_p', 'constant_log_p', 'quality'):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
+    assert not (tmp_path / 'cut' / 'parts').exists()
+
+
+def test_nothing_is_overwritten(run_folder, images, tmp_path):
+    """A folder that exists is left alone: a finished audit, and one that holds something else."""
+    audit_model(str(run_folder), str(images), tmp_path / 'out', **OPTIONS)
+    before = {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*') if path.is_file()}
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match='holds a finished audit'):
+            audit_model(str(run_folder), str(images), tmp_path / 'out', resume=resume, **OPTIONS)
+    assert before == {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*') if path.is_file()}
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'thesis.txt').write_text('all of it')
+    with pytest.raises(FileExistsError, match='not empty'):
+        audit_model(str(run_folder), str(images), tmp_path / 'mine', resume=True, **OPTIONS)
+    assert (tmp_path / 'mine' / 'thesis.txt').read_text() == 'all of it'
+
+
+def test_two_processes(run_folder, images, tmp_path):
+    """Two processes share the parts and come to the numbers of one."""
+    audit_model(str(run_folder), str(images), tmp_path / 'one', **OPTIONS)
+    code = (
+        'import dreal_timm.audit.parts as parts; parts._FEWEST, parts._PARTS = 5, 100; '
+        'import sys; from dreal_timm.cli import main; sys.exit(main(sys.argv[1:]))'
+    )
+    script = tmp_path / 'audit.py'
+    script.write_text(code)
+    arguments = ['audit', str(run_folder), '--data', str(images), '--output', str(tmp_path / 'two'), '--workers', '0']
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(script),
+         *arguments, '--device', 'cpu', '--resamples', '20', '--batch-size', '3'],
+        capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('report ') == 1
+    one, two = Audit.load(tmp_path / 'one'), Audit.load(tmp_path / 'two')
+    assert two.provenance['processes'] == 2
+    assert torch.equal(one.number, two.number)
+    for name in ('log_p', 'mean_log_p', 'constant_log_p', 'quality'):
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=0, atol=1e-5)
+
+
+def test_unreadable_images_are_named(run_folder, images, tmp_path, capsys):
+    """Images that cannot be read are left out, named, and not counted for their neighbours."""
+    broken = tmp_path / 'broken'
+    shutil.copytree(images, broken)
+    (broken / 'validation' / 'class1' / '2.png').write_bytes(b'not an image')
+    (broken / 'validation' / 'class2' / '3.png').write_bytes(b'')
+    model = str(run_folder / 'model')
+    whole, _ = audit_model(model, str(images), tmp_path / 'whole', **OPTIONS)
+    found, summary = audit_model(model, str(broken), tmp_path / 'out', **OPTIONS)
+    left = [number for number in range(12) if number not in (6, 11)]
+    assert found.number.tolist() == left
+    assert found.unreadable == ['class1/2.png', 'class2/3.png']
+    assert summary['network']['unreadable'] == 2
+    torch.testing.assert_close(found.log_p, whole.log_p[left], rtol=0, atol=1e-5)
+    assert 'class1/2.png' in (tmp_path / 'out' / 'report.html').read_text()
+
+
+def test_no_image_can_be_read(run_folder, images, tmp_path, capsys):
+    """A data set of broken images is an error in a line."""
+    broken = tmp_path / 'broken'
+    shutil.copytree(images, broken)
+    for path in (broken / 'validation').rglob('*.png'):
+        path.write_bytes(b'')
+    arguments = ['audit', str(run_folder / 'model'), '--data', str(broken), '--output', str(tmp_path / 'out')]
+    assert main([*arguments, '--workers', '0', '--device', 'cpu']) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()[-1]) < 300
+
+
+def test_classes_by_name(images, tmp_path):
+    """A network that knows names takes a data set of some of its classes; without names the numbers must agree."""
+    model = make_model('se', num_classes=5, in_chans=1)
+    data = {'input_size': (1, 32, 32), 'mean': (0.4,), 'std': (0.3,), 'crop_pct': 1.0}
+    export(model, tmp_path / 'named', data, label_names=['class2', 'other', 'class0', 'class1', 'more'])
+    found, _ = audit_model(str(tmp_path / 'named'), str(images), tmp_path / 'out', **OPTIONS)
+    assert found.target.tolist() == [2] * 4 + [3] * 4 + [0] * 4
+    export(model, tmp_path / 'nameless', data)
+    with pytest.raises(ValueError, match=r'3 classes .*the model 5.*class map'):
+        audit_model(str(tmp_path / 'nameless'), str(images), tmp_path / 'none', **OPTIONS)
+    (tmp_path / 'map.txt').write_text('other\nclass1\nclass0\nclass2\nmore\n')
+    found, _ = audit_model(
+        str(tmp_path / 'nameless'), str(images), tmp_path / 'mapped', class_map=str(tmp_path / 'map.txt'), **OPTIONS)
+    assert found.target.tolist() == [2] * 4 + [1] * 4 + [3] * 4
+
+
+def test_imagenet_is_known_by_synset(tmp_path):
+    """Folders of a few synsets get the indices of ImageNet where the network has its classes."""
+    for name in ('n01440764', 'n02102040', 'n03888257'):
+        folder = tmp_path / 'validation' / name
+        folder.mkdir(parents=True)
+        Image.new('RGB', (32, 32), 'red').save(folder / 'a.png')
+    model = timm.create_model('seresnet50.ra2_in1k')
+    found = open_images(model, str(tmp_path))
+    assert [found.dataset[i][1] for i in range(3)] == [0, 217, 701]
+
+
+def test_an_empty_class(run_folder, images, tmp_path):
+    """An empty folder shifts no labels: with names it is passed over, and its absence is an error without."""
+    empty = tmp_path / 'empty'
+    shutil.copytree(images, empty)
+    (empty / 'validation' / 'another').mkdir()
+    with pytest.raises(ValueError, match='no image of another'):
+        audit_model(str(run_folder / 'model'), str(empty), tmp_path / 'out', **OPTIONS)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['dreal_se_resnet18', '--data', 'DATA'], "'dreal_se_resnet18' has no published weights"),
+    (['PLAIN', '--data', 'DATA'], 'ResNet has no attention site'),
+    (['nowhere/model', '--data', 'DATA'], "No folder 'nowhere/model'"),
+    (['MODEL', '--data', 'nowhere'], "no folder 'nowhere'"),
+    (['MODEL', '--data', 'DATA', '--split', 'test'], "no folder 'test'"),
+    (['MODEL', '--data', 'DATA', '--sites', 'layer7'], "No attention site 'layer7'"),
+    (['MODEL', '--data', 'DATA', '--num-samples', '0'], 'num_samples must be 1 or more'),
+    (['MODEL', '--data', 'DATA', '--batch-size', '0'], 'batch_size must be 1 or more'),
+    (['MODEL', '--data', 'DATA', '--dataset', 'wrong/kind'], 'expected kind/name'),
+])
+def test_errors_are_a_line(run_folder, images, tmp_path, capsys, arguments, message):
+    """What a user gets wrong is told in a line, and leaves no folder behind."""
+    known = {'MODEL': str(run_folder / 'model'), 'DATA': str(images), 'PLAIN': str(tmp_path / 'plain')}
+    if 'PLAIN' in arguments:
+        export(timm.create_model('test_resnet', num_classes=3, in_chans=1), tmp_path / 'plain', {
+            'input_size': (1, 32, 32), 'mean': (0.4,), 'std': (0.3,), 'crop_pct': 1.0}, ['class0', 'class1', 'class2'])
+    output = tmp_path / 'out'
+    words = [known.get(word, word) for word in arguments]
+    assert main(['audit', *words, '--output', str(output), '--device', 'cpu', '--workers', '0']) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not output.exists()
+
+
+def test_a_stream_is_refused():
+    """Streams have no numbered images."""
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(ValueError, match='a stream'):
+        NumberedImages(Stream(), {})
+
+
+def test_weights_tell_networks_apart(run_folder):
+    """The digest is that of the weights: equal for equal ones, another after a change of one number."""
+    first, second = (load_subject(str(run_folder / 'model')) for _ in range(2))
+    assert first.weights == second.weights
+    assert load_subject(str(run_folder)).weights == first.weights
+    with torch.no_grad():
+        second.model.conv1[0].weight.view(-1)[0] += 1
+    assert _digest(second.model) != first.weights
+
+
+def test_some_of_the_images(run_folder, images, tmp_path):
+    """--num-samples draws images; the numbers are those of the same images in the whole audit."""
+    model = str(run_folder / 'model')
+    whole, _ = audit_model(model, str(images), tmp_path / 'whole', **OPTIONS)
+    some, _ = audit_model(model, str(images), tmp_path / 'some', num_samples=7, sites=['layer2'], **OPTIONS)
+    assert len(some.number) == 7
+    columns = [whole.column(name) for name in some.names]
+    assert some.names == ['layer2.0.se.channel', 'layer2.0.se.spatial']
+    torch.testing.assert_close(some.mean_log_p, whole.mean_log_p[some.number][:, columns], rtol=0, atol=1e-5)
+
+
+def test_check_output_is_the_first_processes(tmp_path, monkeypatch):
+    """Other processes do not look: the first may have made the folder already."""
+    (tmp_path / 'audit.json').write_text('{}')
+    monkeypatch.setenv('RANK', '1')
+    command.check_output(tmp_path, resume=False)
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(FileExistsError):
+        command.check_output(tmp_path, resume=False)
