@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from dreal_timm.audit.calibration import reliability
 from dreal_timm.audit.result import Audit
@@ -250,10 +250,11 @@ def training_curves(run: str | Path) -> Figure:
         return [float(row[key] or 'nan') for row in rows]
 
     groups = [key.partition('/')[2] for key in rows[0] if key.startswith('train_reward_correct/')]
-    figure, axes = _figure(1, 3, 9.6, 2.8)
+    figure, axes = _figure(1, 3, 10.6, 2.8)
     for axis, title in zip(axes[0], ('reward and quality', 'reward of right images', 'critic error'), strict=True):
         _title(axis, title)
         axis.set_xlabel('epoch')
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for key, color in zip(('reward', 'quality'), COLORS, strict=False):
         axes[0, 0].plot(epochs, curve(f'train_{key}'), color=color, lw=1.4, label=key, marker='.')
     _legend(axes[0, 0], loc='best')
@@ -262,7 +263,7 @@ def training_curves(run: str | Path) -> Figure:
         axes[0, 1].plot(epochs, curve(f'train_reward_correct/{group}'), label=group, **style)
         axes[0, 2].plot(epochs, curve(f'train_critic_error/{group}'), label=group, **style)
     axes[0, 1].axhline(0, color=INK, lw=0.8, ls=':')
-    axes[0, 2].set_yscale('log')
-    axes[0, 2].yaxis.set_minor_formatter(NullFormatter())
-    _legend(axes[0, 2], loc='best')
+    axes[0, 2].set_ylim(bottom=0)
+    figure.legend(
+        *axes[0, 2].get_legend_handles_labels(), loc='outside right upper', frameon=False, fontsize=8, labelcolor=INK)
     return figure

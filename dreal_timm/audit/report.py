@@ -279,7 +279,9 @@ def write_report(
         suffix = html.escape(f': {label}') if several else ''
         shown = _examples(audit, examples[label])
         if shown:
-            body.append(f'<h2>Images where a site helped or hurt most{suffix}</h2>{shown}')
+            body.append(
+                f'<h2>Images where a site helped or hurt most{suffix}</h2><p class="dim">Probability of the true class '
+                f'with the mean in place of the map &rarr; with the map.</p>{shown}')
         body.append(f'<h2>Where the numbers come from{suffix}</h2>{_provenance(audit, command)}')
     page = Template((files('dreal_timm.audit') / 'page.html').read_text(encoding='utf-8'))
     path.write_text(page.substitute(title=html.escape(title), body='\n'.join(body)), encoding='utf-8')

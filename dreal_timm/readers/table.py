@@ -15,6 +15,7 @@ from timm.layers.non_local_attn import BatNonLocalAttn, NonLocalAttn
 from timm.layers.selective_kernel import SelectiveKernelAttn
 from timm.layers.split_attn import SplitAttn
 from timm.models.ghostnet import GhostModuleV2, GhostModuleV3
+from timm.models.iformer import SHMA
 from torch import nn
 
 from .axes import AXES
@@ -48,6 +49,7 @@ WITHOUT_MAP: dict[type[nn.Module], str] = {
     BottleneckAttn: _RELATION,
     HaloAttn: _RELATION,
     LambdaLayer: _RELATION,
+    SHMA: 'one sigmoid makes its gate and the values of the self-attention that is gated: no output is the map alone',
 }
 
 

@@ -1,6 +1,7 @@
 """What a site is worth, against a hand-written loop over sites; and the network stays as it is"""
 import copy
 import math
+from contextlib import ExitStack
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from torch import nn
 
 from dreal_timm import find_sites
 from dreal_timm.audit import Auditor, audit, summarize
-from dreal_timm.capture import bypass
+from dreal_timm.capture import bypass, record
 from dreal_timm.critic import Critic
 from dreal_timm.readers import readers_of
 
@@ -246,3 +247,24 @@ def test_quality_is_the_critics():
     row = summarize(found, resamples=10)['sites'][0]
     assert row['quality'] == pytest.approx(found.quality[:, 0].mean().item(), abs=1e-6)
     assert not math.isnan(row['rank_correlation'])
+
+
+def test_recordings_leave_no_hooks(attention):
+    """Ten recordings within each other, ten times, see the same maps and leave no hook, also after an exception."""
+    model = make_model(attention).eval()
+    images, _ = make_batch(2, 64)
+    sites = find_sites(model, (3, 64, 64))
+    before = copied(model)
+    for round_ in range(10):
+        with ExitStack() as stack:
+            recordings = [stack.enter_context(record(model, sites)) for _ in range(10)]
+            with torch.no_grad():
+                model(images)
+            assert all(
+                torch.equal(recording[site.name].attention, recordings[0][site.name].attention)
+                for recording in recordings for site in sites)
+            if round_ == 5:
+                stack.enter_context(pytest.raises(ValueError, match='in the middle'))
+                raise ValueError('in the middle')
+        assert hooks(model) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
