@@ -18,6 +18,14 @@ _LAZY = {
 }
 
 
+__all__ = [
+    'Audit', 'Auditor', 'SiteRow', 'audit', 'audit_model', 'bootstrap', 'channel_attention', 'compare_audits',
+    'compare_models', 'describe_sites', 'format_comparison', 'format_sites', 'format_summary', 'gain_along_depth',
+    'load_critic', 'reliability_diagram', 'reward_distribution', 'spatial_attention', 'summarize',
+    'training_curves',
+]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

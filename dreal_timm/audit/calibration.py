@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from dreal_timm.attention import Group
 from dreal_timm.audit.result import Audit
 from dreal_timm.critic import CELLS, Critic
+from dreal_timm.hub.load import read_checkpoint
 
 __all__ = ['calibrate', 'load_critic', 'reliability']
 
@@ -24,10 +25,11 @@ def load_critic(checkpoint: str | Path, groups: Sequence[Group]) -> Critic | Non
         groups: Groups of attention sites of its network.
 
     Raises:
-        ValueError: The critic is of another network, or of images of another size.
+        ValueError: The file is no checkpoint, or the critic is of another network, or of images of another size.
     """
-    content = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    state: dict[str, Any] = (content.get('task_state') or {}).get('critic') or {}
+    content = read_checkpoint(checkpoint)
+    task = content.get('task_state') if isinstance(content, dict) else None
+    state: dict[str, Any] = (task or {}).get('critic') or {}
     if not state:
         return None
     names = list(dict.fromkeys(key.split('.')[0] for key in state))
@@ -88,8 +90,13 @@ def reliability(audit: Audit, name: str, bins: int = 10) -> list[tuple[float, fl
         audit: The audit, of a network with its critic.
         name: Name of the site.
         bins: Number of bins; with fewer than two images a bin there are fewer.
+
+    Raises:
+        ValueError: There is a single image.
     """
     assert audit.quality is not None
+    if len(audit.number) < 2:
+        raise ValueError('A reliability diagram needs two images or more.')
     column = audit.column(name)
     quality, rewards = audit.quality[:, column].double(), audit.rewards()[:, column].double()
     points = []

@@ -80,7 +80,7 @@ def draw_figures(
         if own.maps:
             maps = [{name: attention[i] for name, attention in own.maps.items()} for i in range(len(own.shown))]
             drawn[f'spatial_attention{suffix}'] = figures.spatial_attention(list(own.shown), maps)
-        if audit.quality is not None:
+        if audit.quality is not None and len(audit.number) > 1:
             drawn[f'reliability{suffix}'] = figures.reliability_diagram(audit)
     for run in runs:
         drawn[f'training_curves{f" {run}" if several else ""}'] = figures.training_curves(run)

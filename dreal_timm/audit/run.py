@@ -241,7 +241,8 @@ def audit_folder(
     with processes() as (rank, count):
         if device is None:
             cuda = torch.cuda.is_available()
-            device = torch.device('cuda', rank % torch.cuda.device_count()) if cuda else torch.device('cpu')
+            local = int(os.environ.get('LOCAL_RANK', 0))
+            device = torch.device('cuda', local % torch.cuda.device_count()) if cuda else torch.device('cpu')
         rows = describe_sites(model, input_size)
         critic = None if subject.critic is None else subject.critic.to(device)
         auditor = Auditor(model.to(device), sites, input_size, critic)

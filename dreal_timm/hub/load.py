@@ -1,13 +1,16 @@
 """Networks by name, from an exported folder or from the Hub, with errors that say what to do"""
+import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from dreal_timm.errors import UNREADABLE, nearest
 
-__all__ = ['check_model_name', 'load_network', 'timm_name']
+__all__ = ['check_model_name', 'load_network', 'read_checkpoint', 'timm_name']
 
 
 def check_model_name(name: str) -> None:
@@ -63,3 +66,20 @@ def load_network(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.M
         what = f"'{checkpoint}' as weights of '{model}'" if checkpoint else f"'{model}'"
         hint = ' (a run exports its best epoch to the folder model/)' if checkpoint else ''
         raise ValueError(f'Cannot load {what}{hint}: {" ".join(str(error).split())[:200]}') from error
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """Return what a checkpoint of this package or of timm's train.py holds, tensors on the CPU; no code of it is run.
+
+    Raises:
+        ValueError: The file is broken, or no checkpoint of PyTorch.
+    """
+    allow = getattr(torch.serialization, 'safe_globals', None)
+    if allow is None:  # torch 2.4 knows no such context
+        torch.serialization.add_safe_globals([argparse.Namespace])
+    try:
+        with nullcontext() if allow is None else allow([argparse.Namespace]):  # timm stores its arguments as one
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except (*UNREADABLE, ValueError) as error:
+        reason = ' '.join(str(error).split())[:120]
+        raise ValueError(f"'{path}' is broken or no checkpoint of PyTorch ({reason}).") from error

@@ -1,7 +1,5 @@
 """Going on from a checkpoint: which one, whether it fits, and what is put back"""
-import argparse
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import torch
 from timm.task import TrainingTask
 
-from dreal_timm.errors import UNREADABLE
+from dreal_timm.hub.load import read_checkpoint
 from dreal_timm.task import DrealTask
 from dreal_timm.train.checkpoint import LAST
 
@@ -42,15 +40,10 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
     Raises:
         ValueError: The file is broken, is no training checkpoint, or is of another model.
     """
-    allow = getattr(torch.serialization, 'safe_globals', None)
-    if allow is None:  # torch 2.4 knows no such context
-        torch.serialization.add_safe_globals([argparse.Namespace])
     try:
-        with nullcontext() if allow is None else allow([argparse.Namespace]):  # timm stores its arguments as one
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (*UNREADABLE, ValueError) as error:
-        reason = ' '.join(str(error).split())[:120]
-        raise ValueError(f"resume: '{path}' is broken or no checkpoint of PyTorch ({reason}).") from error
+        checkpoint = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f'resume: {error}') from error
     keys = checkpoint if isinstance(checkpoint, dict) else {}
     needed = ('state_dict', 'epoch') if config.no_resume_opt else ('state_dict', 'optimizer', 'epoch')
     missing = [key for key in needed if key not in keys]

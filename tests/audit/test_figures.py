@@ -14,6 +14,7 @@ from conftest import make_model
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+from dreal_timm import DrealTask
 from dreal_timm.audit import (
     Audit,
     audit,
@@ -22,6 +23,7 @@ from dreal_timm.audit import (
     channel_attention,
     compare_audits,
     compare_models,
+    format_summary,
     gain_along_depth,
     reliability_diagram,
     reward_distribution,
@@ -30,6 +32,7 @@ from dreal_timm.audit import (
     training_curves,
 )
 from dreal_timm.audit.examples import Examples, extremes
+from dreal_timm.audit.report import draw_figures, write_report
 from dreal_timm.cli import main
 
 OPTIONS = {'workers': 0, 'device': 'cpu', 'resamples': 50}
@@ -167,6 +170,28 @@ def test_the_report_needs_nothing_else(audited, compared):
     assert content['provenance']['weights'] in page
     for row in content['sites']:
         assert f"{row['reward']:+.4f}" in page
+
+
+@pytest.mark.parametrize(('count', 'wrong'), [(1, 0), (1, 1), (3, 3)])
+def test_few_images_and_none_right(attention, count, wrong, tmp_path):
+    """One image, or none that is right: what cannot be told is left out, and all is written."""
+    model = make_model(attention).eval()
+    images = torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    target = model(images).argmax(1)
+    target[:wrong] = (target[:wrong] + 1) % 7
+    task = DrealTask(model, input_size=(3, 64, 64), verbose=False)
+    found = audit(model, [(images, target)], input_size=(3, 64, 64), critic=task.get_trainable_module().critic)
+    summary = summarize(found, resamples=10)
+    assert (summary['sites'][0]['reward'] is None) == (count == wrong)
+    assert summary['network']['wrong'] == pytest.approx(100 * wrong / count)
+    name, none = '<b> & "it"', Examples({}, np.zeros((0, 1, 1, 3), dtype=np.uint8), {})
+    drawn = draw_figures({name: found}, {name: summary}, {name: none})
+    write_report(tmp_path / 'report.html', {name: found}, {name: summary}, {name: none}, drawn)
+    assert '<b>' not in (tmp_path / 'report.html').read_text()
+    found.save(tmp_path, summary)
+    loaded = Audit.load(tmp_path)
+    assert summarize(loaded, resamples=10) == summary
+    assert ('-' if count == wrong else f"{summary['sites'][0]['reward']:+.4f}") in format_summary(summary)
 
 
 SCRIPT = '''

@@ -1,4 +1,5 @@
 """`dreal-timm audit`: folders, resume, processes, and what can be wrong with models and images"""
+import argparse
 import csv
 import json
 import os
@@ -78,6 +79,11 @@ def test_the_critic_is_the_best_epochs(run_folder, tmp_path):
     other = make_model('se')
     with pytest.raises(ValueError, match=r'judges .*layer1_channel'):
         load_critic(run_folder / 'model_best.pth.tar', group_sites(find_sites(other, (3, 64, 64))))
+    torch.save({**checkpoint, 'args': argparse.Namespace(model='x')}, tmp_path / 'timm.pth.tar')  # as timm's script
+    assert load_critic(tmp_path / 'timm.pth.tar', group_sites(find_sites(model))) is not None
+    (tmp_path / 'broken.pth.tar').write_bytes(b'PK')
+    with pytest.raises(ValueError, match='broken or no checkpoint'):
+        load_critic(tmp_path / 'broken.pth.tar', group_sites(find_sites(model)))
     torch.save({'state_dict': checkpoint['state_dict']}, tmp_path / 'plain.pth.tar')
     assert load_critic(tmp_path / 'plain.pth.tar', group_sites(find_sites(model))) is None
 
