@@ -29,7 +29,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'{__name__}.{_LAZY[name]}'), name)
+    return getattr(import_module(f'.{_LAZY[name]}', __package__), name)
 
 
 def __dir__() -> list[str]:
