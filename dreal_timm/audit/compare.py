@@ -141,8 +141,9 @@ def compare_models(
         ValueError: The audits are of different images, or the two have the same name.
     """
     output = Path(output)
-    if not resume or not output.exists() or (output / 'compare.json').exists():
-        check_output(output, resume)
+    begun = any((output / part).is_dir() for part in ('first', 'second'))
+    if not (resume and begun) or (output / 'compare.json').exists():
+        check_output(output, resume=False)
     names = list(labels or _labels(models))
     if len(set(names)) != 2:
         raise ValueError(f'A comparison needs two networks of different names, got {" and ".join(names)}.')

@@ -137,6 +137,15 @@ def processes() -> Iterator[tuple[int, int]]:
     dist.barrier()
 
 
+def _own_device(device: torch.device | None) -> torch.device:
+    """Return the device of this process: of several GPUs, each process of a machine takes one."""
+    if device is None:
+        device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if device.type == 'cuda' and device.index is None:
+        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
+    return device
+
+
 def _sums(tensors: Mapping[str, torch.Tensor]) -> MapSums:
     """Sums of maps out of a part."""
     fields: dict[str, dict[str, torch.Tensor]] = {'total': {}, 'squares': {}, 'spreads': {}}
@@ -239,10 +248,7 @@ def audit_folder(
     begun = time.time()
     model = subject.model
     with processes() as (rank, count):
-        if device is None:
-            cuda = torch.cuda.is_available()
-            local = int(os.environ.get('LOCAL_RANK', 0))
-            device = torch.device('cuda', local % torch.cuda.device_count()) if cuda else torch.device('cpu')
+        device = _own_device(device)
         rows = describe_sites(model, input_size)
         critic = None if subject.critic is None else subject.critic.to(device)
         auditor = Auditor(model.to(device), sites, input_size, critic)

@@ -323,3 +323,7 @@ def test_a_stopped_comparison_goes_on(compared, run_folder, images, tmp_path, mo
     found = compare_models(models, tmp_path / 'out', str(images), resume=True, **OPTIONS)
     assert made == models
     assert found['network']['top1'] == 0
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'report.html').write_text('my own')
+    with pytest.raises(FileExistsError):
+        compare_models(models, tmp_path / 'mine', str(images), resume=True, **OPTIONS)
