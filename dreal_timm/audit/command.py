@@ -26,7 +26,7 @@ def check_output(directory: Path, resume: bool) -> None:
         return  # another process does
     if (directory / 'audit.json').exists() or (directory / 'compare.json').exists():
         raise FileExistsError(f"'{directory}' holds a finished audit: choose another folder.")
-    begun = (directory / 'parts').is_dir()
+    begun = any((directory / part).is_dir() for part in ('parts', 'first', 'second'))
     if directory.exists() and any(directory.iterdir()) and not (resume and begun):
         hint = 'add --resume to go on with it, or ' if begun else ''
         raise FileExistsError(f"'{directory}' exists and is not empty: {hint}choose another folder.")
