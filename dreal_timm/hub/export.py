@@ -79,7 +79,11 @@ def export(
     plain: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
     architecture = plain.pretrained_cfg['architecture']
     model_config: dict[str, Any] = {
-        'pretrained_cfg': {'architecture': timm_architecture(architecture) or architecture, 'tag': None},
+        # the config of the weights that it started from says what these are not
+        'pretrained_cfg': {
+            'architecture': timm_architecture(architecture) or architecture, 'tag': None, 'description': None,
+            'origin_url': None, 'paper_ids': None,
+        },
     }
     if label_names is not None:
         model_config['label_names'] = list(label_names)

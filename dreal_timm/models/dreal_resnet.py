@@ -15,7 +15,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.cbam import CbamModule
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, list_pretrained, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from dreal_timm.layers import SrmModule
@@ -37,8 +37,17 @@ _STAGES: dict[int, dict[str, Any]] = {
 
 
 def _create_dreal_resnet(attention: str, depth: int, pretrained: bool = False, **kwargs: Any) -> ResNet:
+    name = f'dreal_{attention}_resnet{depth}'
     model_args = dict(_STAGES[depth], block_args=dict(attn_layer=_ATTENTION[attention]))
-    return build_model_with_cfg(ResNet, f'dreal_{attention}_resnet{depth}', pretrained, **dict(model_args, **kwargs))
+    try:
+        return build_model_with_cfg(ResNet, name, pretrained, **dict(model_args, **kwargs))
+    except RuntimeError as error:
+        if not str(error).startswith('No pretrained weights exist'):
+            raise
+        raise RuntimeError(
+            f'No pretrained weights exist for {name}. These have some: {", ".join(list_pretrained("dreal_*"))}. '
+            "dreal_timm.hub.load_backbone(model, 'resnet50.a1_in1k') starts a network from a plain ResNet's."
+        ) from error
 
 
 def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
@@ -53,14 +62,28 @@ def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _timms_cfg(name: str) -> dict[str, Any]:
+    """The config of timm's own weights of a network that it has under another name."""
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None
+    return {
+        **cfg.to_dict(),
+        'description': f"timm's {name}: trained on ImageNet-1k, not reinforced. The warm start of a fine-tune.",
+    }
+
+
 def timm_architecture(name: str) -> str | None:
     """Return the name under which timm itself has this network, or None where it does not."""
     prefix = 'dreal_se_resnet'
     return f'seresnet{name.removeprefix(prefix)}' if name.startswith(prefix) else None
 
 
+_UNTRAINED = {f'dreal_{attention}_resnet{depth}': _cfg() for attention in _ATTENTION for depth in _STAGES}
+_TIMMS = ('ra2_in1k', 'a1_in1k', 'a2_in1k', 'a3_in1k')  # of seresnet50, the default first
+
 default_cfgs = generate_default_cfgs({
-    f'dreal_{attention}_resnet{depth}.untrained': _cfg() for attention in _ATTENTION for depth in _STAGES
+    **{f'dreal_se_resnet50.{tag}': _timms_cfg(f'seresnet50.{tag}') for tag in _TIMMS},
+    **{f'{name}.untrained': cfg for name, cfg in _UNTRAINED.items()},
 })
 
 

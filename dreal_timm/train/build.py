@@ -1,5 +1,6 @@
 """What learns in a run, from its configuration: network, task and optimizer, made by timm's factories"""
 import importlib
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dreal_timm.attention import attention_parameters, find_sites
 from dreal_timm.errors import UNREADABLE, nearest
+from dreal_timm.hub.backbone import load_backbone, open_gates
 from dreal_timm.hub.load import check_model_name
 from dreal_timm.task import DrealTask
 from dreal_timm.train.loaders import mixes
@@ -23,6 +25,9 @@ from dreal_timm.train.loaders import mixes
 __all__ = [
     'build_model', 'build_optimizer', 'build_task', 'freeze_backbone', 'import_device_modules',
 ]
+
+
+_logger = logging.getLogger(__name__)
 
 
 def import_device_modules(config: SimpleNamespace) -> None:
@@ -41,6 +46,14 @@ def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
             head.bias.fill_(bias)
 
 
+def _start_backbone(config: SimpleNamespace, model: nn.Module) -> None:
+    if config.dreal.backbone:
+        found = load_backbone(model, config.dreal.backbone, gates=config.dreal.gates)
+        _logger.info(f'backbone {config.dreal.backbone}: {found}')
+    elif config.dreal.gates == 'open':
+        open_gates(model)
+
+
 def build_model(config: SimpleNamespace) -> nn.Module:
     """Create the network of a run.
 
@@ -52,6 +65,10 @@ def build_model(config: SimpleNamespace) -> nn.Module:
     for key in ('initial_checkpoint', 'pretrained_path'):
         if getattr(config, key) and not Path(getattr(config, key)).is_file():
             raise FileNotFoundError(f"{key}: no file '{getattr(config, key)}'.")
+    started = config.pretrained or config.pretrained_path or config.initial_checkpoint
+    if started and (config.dreal.backbone or config.dreal.gates == 'open'):
+        raise ValueError(
+            'dreal.backbone, dreal.gates: the network starts from pretrained, pretrained_path or initial_checkpoint.')
     if config.fast_norm:
         set_fast_norm()
     kwargs = resolve_model_input_args(
@@ -82,6 +99,7 @@ def build_model(config: SimpleNamespace) -> nn.Module:
         hint = '' if config.pretrained_path else ' (pretrained_path leaves its classifier out)'
         reason = ' '.join(str(error).split())[:200]
         raise ValueError(f"Cannot load '{given}' as weights of {config.model}{hint}: {reason}") from error
+    _start_backbone(config, model)
     if config.head_init_scale is not None or config.head_init_bias is not None:
         _init_head(model, config.head_init_scale, config.head_init_bias)
     if config.grad_checkpointing:
@@ -124,7 +142,8 @@ def build_task(
             bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh, pos_weight=config.bce_pos_weight)
     common: dict[str, Any] = dict(criterion_kwargs=loss, device=device, verbose=verbose)
     dreal = dict(vars(config.dreal))
-    dreal.pop('freeze')
+    for key in ('freeze', 'backbone', 'gates'):  # of the network
+        dreal.pop(key)
     if not dreal.pop('enabled'):
         return ClassificationTask(model, **common)
     dreal['seed'] = config.seed if dreal['seed'] is None else dreal['seed']

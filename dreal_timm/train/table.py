@@ -164,6 +164,8 @@ KEYS = [
 DREAL_KEYS = [
     Key('enabled', 'bool', True, 'false trains the plain network, with everything else equal'),
     Key('freeze', 'str', '', "'backbone' trains attention modules and classifier alone", choices=('', 'backbone')),
+    Key('backbone', 'str', '', 'plain weights to start from: name of a timm model, folder or file; attention is fresh'),
+    Key('gates', 'str', 'fresh', "'open' starts each gate near 1: features pass", choices=('fresh', 'open')),
     Key('gamma', 'float', 1.0, 'penalty of a wrongly classified sample', minimum=0),
     Key('actor_weight', 'float', 1.0, 'weight of L_q', minimum=0),
     Key('probe', 'str', 'split', 'how rewards are measured', choices=('exact', 'split', 'taylor')),

@@ -78,7 +78,9 @@ def fresh_import() -> subprocess.CompletedProcess:
         'after, modules_after = registry(), modules()\n'
         'assert {n: after[n] for n in before} == before\n'
         'assert {m: modules_after[m] for m in modules_before} == modules_before\n'
-        'assert timm.list_pretrained() == pretrained\n'
+        'added = [name for name in timm.list_pretrained() if name not in pretrained]\n'
+        'assert set(pretrained) < set(timm.list_pretrained())\n'
+        'assert all(name.startswith("dreal_se_resnet50.") for name in added)\n'
         'print(json.dumps([n for n in after if n not in before]))\n'
         'print(json.dumps([m for m in modules_after if m not in modules_before]))\n'
     )
@@ -112,10 +114,13 @@ def test_models_are_listed():
     assert all(timm.model_entrypoint(name) is getattr(dreal_timm.models, name) for name in NAMES)
 
 
+TIMMS = ('ra2_in1k', 'a1_in1k', 'a2_in1k', 'a3_in1k')
+
+
 @all_models
 def test_default_cfg(name):
     """The config is that of an ImageNet classifier, and the layers that it names exist with the sizes that it tells."""
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = timm.get_pretrained_cfg(f'{name}.untrained')
     assert cfg.architecture == name
     assert cfg.input_size == (3, 224, 224)
     assert cfg.pool_size == (7, 7)
@@ -135,18 +140,37 @@ def test_default_cfg(name):
     assert model.feature_info[-1]['reduction'] * cfg.pool_size[0] == cfg.input_size[1]
 
 
-@all_models
-def test_config_has_no_weights_yet(name):
-    """No config points to weights."""
+def test_weights_that_timm_has():
+    """SE-ResNet-50 starts from timm's weights of seresnet50, and says that they are not reinforced."""
+    assert timm.get_pretrained_cfg('dreal_se_resnet50').tag == 'ra2_in1k'
+    assert sorted(timm.list_pretrained('dreal_*')) == sorted(f'dreal_se_resnet50.{tag}' for tag in TIMMS)
+    for tag in TIMMS:
+        own, timms = (timm.get_pretrained_cfg(f'{name}.{tag}') for name in ('dreal_se_resnet50', 'seresnet50'))
+        assert own.architecture == 'dreal_se_resnet50'
+        assert own.hf_hub_id == timms.hf_hub_id == f'timm/seresnet50.{tag}'
+        assert 'not reinforced' in own.description
+        same = {key: value for key, value in own.to_dict().items() if key not in ('architecture', 'description')}
+        assert same == {key: value for key, value in timms.to_dict().items() if key in same}
+
+
+def test_timms_weights_load(tmp_path):
+    """A file with weights of timm's seresnet50 is loaded in the place of the download, every tensor of it."""
+    torch.manual_seed(0)
+    timms = timm.create_model('seresnet50')
+    torch.save(timms.state_dict(), tmp_path / 'weights.pth')
+    own = timm.create_model(
+        'dreal_se_resnet50.a1_in1k', pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth'), hf_hub_id=None, url=''))
+    assert all(torch.equal(tensor, timms.state_dict()[name]) for name, tensor in own.state_dict().items())
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if name != 'dreal_se_resnet50'])
+def test_pretrained_raises(name):
+    """pretrained=True says so where there are no weights, with and without the tag, and lists those that have some."""
     assert not timm.get_pretrained_cfg(name).has_weights
     assert not timm.is_model_pretrained(name)
-
-
-@small_models
-def test_pretrained_raises(name):
-    """pretrained=True raises and says so while there are no weights, with and without the tag."""
     for full_name in (name, f'{name}.untrained'):
-        with pytest.raises(RuntimeError, match='No pretrained weights exist'):
+        with pytest.raises(RuntimeError, match=r'No pretrained weights exist for .*dreal_se_resnet50\.ra2_in1k'):
             timm.create_model(full_name, pretrained=True, device='meta')
 
 

@@ -1,0 +1,177 @@
+"""Starting a network with attention from the weights of one without: the backbone is copied, the attention is fresh"""
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers.cbam import ChannelAttn, SpatialAttn
+from timm.layers.squeeze_excite import SEModule
+from timm.models import adapt_input_conv, clean_state_dict
+from timm.models._efficientnet_blocks import SqueezeExcite
+from torch import nn
+
+from dreal_timm.errors import UNREADABLE
+from dreal_timm.hub.load import load_network, read_checkpoint
+from dreal_timm.layers import SrmModule
+from dreal_timm.readers import READERS
+
+__all__ = ['Backbone', 'load_backbone', 'open_gates']
+
+_OPEN = 4.0  # sigmoid(4) is 0.982
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What became of the weights.
+
+    Attributes:
+        loaded: Names of the tensors that were copied.
+        fresh: Names of the network's tensors that keep what they had: those of attention modules, and of the classifier
+            where it is not asked for.
+        missing: Names of the network's other tensors, which the weights do not have.
+        unused: Names of the weights' tensors that have no place in the network.
+    """
+    loaded: tuple[str, ...]
+    fresh: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f'{len(self.loaded)} tensors loaded, {len(self.fresh)} fresh (attention and classifier)'
+        for word, names in (('missing', self.missing), ('unused', self.unused)):
+            if names:
+                more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+                text += f', {len(names)} {word}: {", ".join(names[:3])}{more}'
+        return text
+
+
+def _linear(*names: str, bias: float = _OPEN) -> Callable[[nn.Module], None]:
+    """Let the layer of one of these names give about the same number for every input."""
+    def opened(module: nn.Module) -> None:
+        layer = next(getattr(module, name) for name in names if hasattr(module, name))
+        if layer.bias is None:
+            raise ValueError(f'{type(module).__name__} has no bias that could open its gate (mlp_bias=True gives it one).')
+        layer.weight.mul_(0.1)
+        layer.bias.fill_(bias)
+    return opened
+
+
+def _normed(path: str) -> Callable[[nn.Module], None]:
+    def opened(module: nn.Module) -> None:
+        norm: Any = module.get_submodule(path)
+        norm.weight.mul_(0.1)
+        norm.bias.fill_(_OPEN)
+    return opened
+
+
+_OPENERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
+    SEModule: _linear('fc2'),
+    SqueezeExcite: _linear('conv_expand'),
+    ChannelAttn: _linear('fc2', bias=_OPEN / 2),  # the mean and the maximum both go through it
+    SpatialAttn: _normed('conv.bn'),
+    SrmModule: _normed('bn'),
+}
+
+
+def _attention(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if type(module) in READERS}
+
+
+@torch.no_grad()
+def open_gates(model: nn.Module) -> int:
+    """Let each gate start at about 1, for every input, so that features pass nearly as they are.
+
+    The layer before the sigmoid keeps a tenth of its weights and gets a bias of 4, in all, so that maps lie around
+    0.98. Gates of SE, EfficientNet's SqueezeExcite, CBAM with MLP biases, and SRM can be opened.
+
+    Args:
+        model: The network.
+
+    Returns:
+        Number of the attention modules.
+
+    Raises:
+        ValueError: An attention module is of another class, or has no bias.
+    """
+    modules = _attention(model)
+    for name, module in modules.items():
+        if type(module) not in _OPENERS:
+            known = ', '.join(sorted(cls.__name__ for cls in _OPENERS))
+            raise ValueError(f'{name} is a {type(module).__name__}, whose gate cannot be opened; known are {known}.')
+    for module in modules.values():
+        _OPENERS[type(module)](module)
+    return len(modules)
+
+
+def _weights(source: str | Path, in_chans: int) -> Mapping[str, torch.Tensor]:
+    """Weights of a file, or of a network that timm knows, whose first layer it fits to the channels."""
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix in ('.pth', '.pt', '.tar', '.bin', '.safetensors'):
+            raise FileNotFoundError(f"backbone: no file '{source}'.")
+        return load_network(str(source), in_chans=in_chans).state_dict()
+    if path.suffix == '.safetensors':
+        from safetensors.torch import load_file
+        try:
+            return load_file(path)
+        except UNREADABLE as error:
+            raise ValueError(f"'{source}' is broken or no safetensors file ({error}).") from error
+    content: Any = read_checkpoint(path)
+    for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # timm's order: the moving average first
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not (isinstance(content, dict) and content and all(isinstance(v, torch.Tensor) for v in content.values())):
+        raise ValueError(f"'{source}' holds no weights.")
+    return clean_state_dict(content)
+
+
+@torch.no_grad()
+def load_backbone(model: nn.Module, source: str | Path, head: bool = False, gates: str = 'fresh') -> Backbone:
+    """Copy the weights of a plain network into one with attention; its attention modules stay as they were made.
+
+    Args:
+        model: A timm model with attention, changed in place.
+        source: Name of a timm model (`resnet50.a1_in1k`), 'hf-hub:USER/NAME', an exported folder, or a file of weights.
+        head: Whether the classifier is copied too.
+        gates: 'fresh', or 'open' to let each gate start at about 1 (see `open_gates`), so that the pretrained features
+            survive the first step.
+
+    Returns:
+        What was loaded, and the names of the tensors that are missing or without a place.
+
+    Raises:
+        FileNotFoundError: No such file or folder.
+        ValueError: The weights are of another architecture, or cannot be read; no such model; unknown `gates`.
+    """
+    if gates not in ('fresh', 'open'):
+        raise ValueError(f"gates must be 'fresh' or 'open', got '{gates}'.")
+    config: Any = getattr(model, 'pretrained_cfg', {})
+    own = model.state_dict()
+    first, classifier = f"{config.get('first_conv')}.weight", config.get('classifier') or 'fc'
+    inside = tuple(f'{name}.' for name in _attention(model))
+    fresh = {key for key in own if key.startswith(inside)}
+    if not head:
+        fresh |= {key for key in own if key.startswith(f'{classifier}.')}
+    wanted = [key for key in own if key not in fresh]
+    weights = dict(_weights(source, own[first].shape[1] if first in own else 3))
+    if first in weights and first in own and weights[first].shape[1] != own[first].shape[1]:
+        weights[first] = adapt_input_conv(own[first].shape[1], weights[first])
+    unfit = [key for key in wanted if key in weights and weights[key].shape != own[key].shape]
+    loaded = [key for key in wanted if key in weights and key not in unfit]
+    if unfit or not any(own[key].is_floating_point() for key in loaded):
+        reason = 'no tensor has a name of it'
+        if unfit:
+            reason = f'{unfit[0]} is {tuple(weights[unfit[0]].shape)} there and {tuple(own[unfit[0]].shape)} here'
+        raise ValueError(f"'{source}' does not fit {type(model).__name__} {config.get('architecture', '')}: {reason}.")
+    if gates == 'open':
+        open_gates(model)
+    for key in loaded:
+        own[key].copy_(weights[key])
+    return Backbone(
+        loaded=tuple(loaded),
+        fresh=tuple(key for key in own if key in fresh),
+        missing=tuple(key for key in wanted if key not in weights),
+        unused=tuple(key for key in weights if key not in own),
+    )
