@@ -1,5 +1,5 @@
 """Starting a network with attention from the weights of one without: the backbone is copied, the attention is fresh"""
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,31 +46,13 @@ class Backbone:
         return text
 
 
-def _linear(*names: str, bias: float = _OPEN) -> Callable[[nn.Module], None]:
-    """Let the layer of one of these names give about the same number for every input."""
-    def opened(module: nn.Module) -> None:
-        layer = next(getattr(module, name) for name in names if hasattr(module, name))
-        if layer.bias is None:
-            raise ValueError(f'{type(module).__name__} has no bias that could open its gate (mlp_bias=True gives it one).')
-        layer.weight.mul_(0.1)
-        layer.bias.fill_(bias)
-    return opened
-
-
-def _normed(path: str) -> Callable[[nn.Module], None]:
-    def opened(module: nn.Module) -> None:
-        norm: Any = module.get_submodule(path)
-        norm.weight.mul_(0.1)
-        norm.bias.fill_(_OPEN)
-    return opened
-
-
-_OPENERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
-    SEModule: _linear('fc2'),
-    SqueezeExcite: _linear('conv_expand'),
-    ChannelAttn: _linear('fc2', bias=_OPEN / 2),  # the mean and the maximum both go through it
-    SpatialAttn: _normed('conv.bn'),
-    SrmModule: _normed('bn'),
+# the last layer before the sigmoid of each class, and the bias that lets the map be about sigmoid(4)
+_LAST: dict[type[nn.Module], tuple[str, float]] = {
+    SEModule: ('fc2', _OPEN),
+    SqueezeExcite: ('conv_expand', _OPEN),
+    ChannelAttn: ('fc2', _OPEN / 2),  # the mean and the maximum both go through it
+    SpatialAttn: ('conv.bn', _OPEN),
+    SrmModule: ('bn', _OPEN),
 }
 
 
@@ -95,12 +77,18 @@ def open_gates(model: nn.Module) -> int:
         ValueError: An attention module is of another class, or has no bias.
     """
     modules = _attention(model)
+    layers: list[tuple[Any, float]] = []
     for name, module in modules.items():
-        if type(module) not in _OPENERS:
-            known = ', '.join(sorted(cls.__name__ for cls in _OPENERS))
+        if type(module) not in _LAST:
+            known = ', '.join(sorted(cls.__name__ for cls in _LAST))
             raise ValueError(f'{name} is a {type(module).__name__}, whose gate cannot be opened; known are {known}.')
-    for module in modules.values():
-        _OPENERS[type(module)](module)
+        path, bias = _LAST[type(module)]
+        layers.append((module.get_submodule(path), bias))
+        if layers[-1][0].bias is None:
+            raise ValueError(f'{name} has no bias that could open its gate (mlp_bias=True gives it one).')
+    for layer, bias in layers:
+        layer.weight.mul_(0.1)
+        layer.bias.fill_(bias)
     return len(modules)
 
 
