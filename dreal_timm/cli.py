@@ -1,4 +1,4 @@
-"""The command line: `dreal-timm train | validate | inspect | audit | compare | recipes | data`"""
+"""The command line: `dreal-timm train | validate | inspect | audit | compare | export | recipes | data`"""
 import argparse
 import dataclasses
 import json
@@ -97,6 +97,15 @@ def _compare(args: argparse.Namespace) -> None:
         print(f'{format_comparison(done)}\nreport {output}/report.html')
 
 
+def _export(args: argparse.Namespace) -> None:
+    from dreal_timm.hub import export_run
+    folder = export_run(args.source, args.directory, args.weights, args.half)
+    architecture = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['architecture']
+    imports = 'import timm, dreal_timm' if architecture.startswith('dreal_') else 'import timm'
+    print(f"exported {folder}\nload it with   {imports}; "
+          f"model = timm.create_model('local-dir:{folder}', pretrained=True)")
+
+
 def _recipes(args: argparse.Namespace) -> None:
     from dreal_timm.train import find_recipe, list_recipes
     from dreal_timm.train.table import DREAL_KEYS, KEYS
@@ -188,6 +197,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--seed', type=int, default=0, help='of the draw of images and of the intervals (0)')
         command.add_argument('--resamples', metavar='N', type=int, default=1000, help='bootstrap resamples (1000)')
         command.add_argument('--resume', action='store_true', help='go on with one that was stopped')
+
+    export = commands.add_parser('export', help='export the network of a run, or of a checkpoint, as a folder')
+    export.add_argument('source', metavar='RUN_OR_CHECKPOINT', help='folder of a run (its best epoch), or a checkpoint')
+    export.add_argument('directory', metavar='DIR', help='folder to write')
+    export.add_argument(
+        '--weights', choices=('auto', 'ema', 'raw'), default='auto',
+        help='moving average or not (auto: where there is one)')
+    export.add_argument('--half', action='store_true', help='write float16 weights')
+    export.set_defaults(function=_export)
 
     recipes = commands.add_parser('recipes', help='list the recipes of the package, or copy one')
     recipes.add_argument('--copy', metavar='NAME', default='', help='recipe to copy')

@@ -42,7 +42,7 @@ ALLOWED = {
     },
     'data': {'errors'},
     'audit': CORE | {'layers', 'models', 'data', 'hub', 'errors', 'version'},
-    'hub': CORE | {'layers', 'models', 'data', 'errors'},
+    'hub': CORE | {'layers', 'models', 'data', 'errors', 'version'},
     'train': CORE | {'layers', 'models', 'data', 'hub', 'version', 'errors'},
     'cli': CORE | {'layers', 'models', 'data', 'hub', 'audit', 'train', 'version', 'errors'},
     '__init__': CORE | {'models', 'version'},

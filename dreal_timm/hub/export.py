@@ -1,7 +1,10 @@
 """Export of a trained network as a folder in the layout of the Hugging Face Hub, which timm loads"""
 import copy
+import hashlib
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch import nn
 
 from dreal_timm.models.dreal_resnet import timm_architecture
 
-__all__ = ['export']
+__all__ = ['check_export', 'export']
 
 
 @torch.no_grad()
@@ -37,7 +40,8 @@ def _test_tensors(
     }
 
 
-def _check(directory: Path) -> None:
+def check_export(directory: Path) -> None:
+    """Raise a RuntimeError if a folder's network does not repeat the logits that lie beside it."""
     expected = load_file(directory / 'test' / 'rand_tensors.safetensors')
     model = timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
     with torch.no_grad():
@@ -47,28 +51,88 @@ def _check(directory: Path) -> None:
         raise RuntimeError(f'The exported model does not repeat its logits: they differ by up to {difference:.3g}.')
 
 
+def _check_afresh(directory: Path, architecture: str) -> None:
+    """The same in a process of its own, which imports this package only where the network needs it."""
+    code = (
+        'import sys, timm, torch\n'
+        'from safetensors.torch import load_file\n'
+        f'{"import dreal_timm" if architecture.startswith("dreal_") else ""}\n'
+        'expected = load_file(sys.argv[1] + "/test/rand_tensors.safetensors")\n'
+        'model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()\n'
+        'with torch.no_grad():\n'
+        '    torch.testing.assert_close(model(expected["input"]), expected["output"], rtol=1e-4, atol=1e-5)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code, str(directory)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ['it was killed'])[-1]
+        raise RuntimeError(f'The exported model does not repeat its logits in a fresh process: {reason}')
+
+
+def _halved(model: Any) -> Any:
+    """The network with weights in float16.
+
+    Raises:
+        ValueError: A number is too large for it.
+    """
+    halved = copy.deepcopy(model).half()
+    for name, tensor in halved.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f'{name} holds numbers that float16 cannot hold: export float32.')
+    return halved
+
+
+def _untie(model: nn.Module) -> None:
+    """Give tensors that have two names a copy each: safetensors stores none twice."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor.data_ptr() in seen and tensor.numel():
+                    tensors[name] = copy.deepcopy(tensor)  # type: ignore[assignment]
+                seen.add(tensor.data_ptr())
+
+
+def _checksums(directory: Path) -> str:
+    """Lines of `sha256sum` for all files of a folder."""
+    digests = {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob('*') if path.is_file()
+    }
+    return ''.join(f'{digest}  {name}\n' for name, digest in sorted(digests.items()))
+
+
 def export(
         model: nn.Module,
         directory: str | Path,
         data_config: Mapping[str, Any] | None = None,
         label_names: Sequence[str] | None = None,
+        *,
+        half: bool = False,
+        files: Mapping[str, bytes] | None = None,
+        fresh_process: bool = False,
 ) -> Path:
     """Export a plain network to a new folder that `timm.create_model('local-dir:...', pretrained=True)` loads.
 
-    The folder holds `model.safetensors`, `config.json` and `test/rand_tensors.safetensors` (a random input with its
-    features and logits). A network that is one of timm's under another name (`dreal_se_resnet50` is `seresnet50`) is
-    exported under timm's name, so that it loads without this package. The folder is loaded again and its logits are
-    compared before it appears under its name.
+    The folder holds `model.safetensors`, `config.json`, `test/rand_tensors.safetensors` (a random input with its
+    features and logits) and `SHA256SUMS`, which `sha256sum -c` reads. A network that is one of timm's under another
+    name (`dreal_se_resnet50` is `seresnet50`) is exported under timm's name, so that it loads without this package. The
+    folder is loaded again and its logits are compared before it appears under its name.
 
     Args:
         model: A timm model, with no wrapper around it.
         directory: Folder to write. Its parents are made.
         data_config: Preprocessing that the weights were trained with: input_size, mean, std, interpolation, crop_pct.
         label_names: Names of the classes in the order of the logits.
+        half: Write float16 weights, which are loaded as float32 again.
+        files: Further files, by their paths in the folder.
+        fresh_process: Compare the logits in a process of its own, as another user would have it.
 
     Raises:
         FileExistsError: The folder exists.
         TypeError: The model is not one that timm built.
+        ValueError: The model holds a critic, or numbers that float16 cannot hold.
         RuntimeError: The exported folder does not repeat the model's logits.
     """
     directory = Path(directory)
@@ -76,8 +140,19 @@ def export(
         raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
     if not hasattr(model, 'pretrained_cfg'):
         raise TypeError(f'Only models that timm built can be exported, got {type(model).__name__}.')
+    if any(name.split('.')[0] == 'critic' for name, _ in model.named_parameters()):
+        raise ValueError('The model holds a critic: pass the plain network, task.get_eval_model().')
     plain: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
-    architecture = plain.pretrained_cfg['architecture']
+    _untie(plain)
+    config = dict(plain.pretrained_cfg)
+    known = config.pop('label_names', None)  # of a network that was exported before; timm writes them beside its config
+    if label_names is None and known is not None and len(known) == plain.num_classes:
+        label_names = known
+    plain.pretrained_cfg = config
+    saved = _halved(plain) if half else plain
+    if half:
+        plain = copy.deepcopy(saved).float()
+    architecture = config['architecture']
     model_config: dict[str, Any] = {
         # the config of the weights that it started from says what these are not
         'pretrained_cfg': {
@@ -92,13 +167,20 @@ def export(
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f'.{directory.name}-'))
     try:
         save_for_hf(
-            plain, str(scratch), model_config=model_config, safe_serialization=True,
+            saved, str(scratch), model_config=model_config, safe_serialization=True,
             data_config=None if data_config is None else dict(data_config),
         )
         (scratch / 'test').mkdir()
         input_size = (data_config or {}).get('input_size') or get_model_input_config(plain)['input_size']
         save_file(_test_tensors(plain, input_size), scratch / 'test' / 'rand_tensors.safetensors')
-        _check(scratch)
+        for name, content in (files or {}).items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).write_bytes(content)
+        (scratch / 'SHA256SUMS').write_text(_checksums(scratch), encoding='utf-8')
+        if fresh_process:
+            _check_afresh(scratch, model_config['pretrained_cfg']['architecture'])
+        else:
+            check_export(scratch)
         scratch.chmod(0o755)
         os.replace(scratch, directory)
     finally:

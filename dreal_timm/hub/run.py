@@ -1,0 +1,101 @@
+"""`dreal-timm export`: a network out of a run, or of one of its checkpoints, as a folder for others"""
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from dreal_timm.hub.export import export
+from dreal_timm.hub.load import load_network, read_checkpoint
+from dreal_timm.version import __version__
+
+__all__ = ['WEIGHTS', 'export_run']
+
+WEIGHTS = ('auto', 'ema', 'raw')
+_BEST = 'model_best.pth.tar'
+_DATA = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+
+
+def _state(checkpoint: Any, path: Path, weights: str) -> Mapping[str, torch.Tensor]:
+    """Weights of the plain network out of a checkpoint."""
+    keys = checkpoint if isinstance(checkpoint, dict) else {}
+    averaged = weights == 'ema' or (weights == 'auto' and 'state_dict_ema' in keys)
+    key = 'state_dict_ema' if averaged else 'state_dict'
+    if key not in keys:
+        raise ValueError(f"'{path}' holds no {'moving average' if averaged else 'weights'} ({key}).")
+    state: Mapping[str, torch.Tensor] = keys[key]
+    foreign = [name for name in state if name.split('.')[0] in ('critic', 'task', 'trainable_module')]
+    if foreign:
+        raise ValueError(f"'{path}' holds training-only weights ({foreign[0]}): it is not of a plain network.")
+    return state
+
+
+def _training(run: Path, checkpoint: Mapping[str, Any], weights: str) -> dict[str, bytes]:
+    """What is told of the training: its settings, its epochs, and which weights these are."""
+    told = {
+        'epoch': checkpoint.get('epoch'),
+        'metric': checkpoint.get('metric'),
+        'weights': weights,
+        'seed': (checkpoint.get('args') or {}).get('seed') if isinstance(checkpoint.get('args'), Mapping) else None,
+        'exported_with': {
+            'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
+            'dreal_timm': __version__,
+        },
+    }
+    files = {'training/checkpoint.json': (json.dumps(told, indent=2) + '\n').encode()}
+    for name in ('args.yaml', 'summary.csv'):
+        if (run / name).is_file():
+            files[f'training/{name}'] = (run / name).read_bytes()
+    return files
+
+
+def export_run(
+        source: str | Path,
+        directory: str | Path,
+        weights: str = 'auto',
+        half: bool = False,
+) -> Path:
+    """Export the network of a run, or of one of its checkpoints, with what is to be known of its training.
+
+    Beside what `export` writes, the folder has `training/`: the run's `args.yaml` and `summary.csv`, and
+    `checkpoint.json`, which names epoch, metric and versions. Before the folder appears it is loaded in a fresh
+    process, and its logits are compared.
+
+    Args:
+        source: Folder of a run, whose best checkpoint is taken, or a checkpoint in such a folder.
+        directory: Folder to write.
+        weights: 'raw', 'ema' (the moving average), or 'auto': the moving average where there is one.
+        half: Write float16 weights.
+
+    Raises:
+        FileExistsError: The folder exists.
+        FileNotFoundError: No such run or checkpoint.
+        ValueError: The checkpoint is broken or of another network, or has no such weights.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got '{weights}'.")
+    if Path(directory).exists():
+        raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
+    path = Path(source) / _BEST if Path(source).is_dir() else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint '{path}'.")
+    run = path.parent
+    if not (run / 'model' / 'config.json').is_file():
+        raise FileNotFoundError(f"'{run}' has no model/config.json, which a run writes when it ends: let it end first.")
+    checkpoint = read_checkpoint(path)
+    state = _state(checkpoint, path, weights)
+    model: Any = load_network(str(run / 'model'))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f"'{path}' does not fit the network in '{run / 'model'}': {reason}") from error
+    config = model.pretrained_cfg
+    taken = 'ema' if state is checkpoint.get('state_dict_ema') else 'raw'
+    return export(
+        model, directory, data_config={key: config[key] for key in _DATA if key in config},
+        half=half, files=_training(run, checkpoint, taken), fresh_process=True,
+    )
