@@ -9,9 +9,9 @@ import torch
 from matplotlib.figure import Figure
 
 from dreal_timm.audit.examples import collect_examples
+from dreal_timm.audit.folder import audit_folder, remove_parts
 from dreal_timm.audit.report import draw_figures, write_report
 from dreal_timm.audit.result import Audit
-from dreal_timm.audit.run import audit_folder, remove_parts
 from dreal_timm.audit.subject import load_subject, open_images
 from dreal_timm.audit.summary import summarize, write_csv
 

@@ -6,27 +6,9 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from dreal_timm.data.unreadable import AskedReader
+
 __all__ = ['NumberedImages', 'batches', 'draw_numbers']
-
-
-class _Asked:
-    """A reader of timm that remembers which image was asked of it last; timm asks for the next if one is broken."""
-
-    def __init__(self, reader: Any):
-        self.reader = reader
-        self.last = -1
-
-    def __getitem__(self, index: int) -> Any:
-        self.last = index
-        return self.reader[index]
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == 'reader':  # while it is unpickled in a loader process
-            raise AttributeError(name)
-        return getattr(self.reader, name)
 
 
 class NumberedImages(Dataset):
@@ -47,7 +29,7 @@ class NumberedImages(Dataset):
         self.data_config = data_config
         dataset.transform = create_transform(**data_config, is_training=False)
         if hasattr(dataset, 'reader'):
-            dataset.reader = _Asked(dataset.reader)
+            dataset.reader = AskedReader(dataset.reader)
 
     def __len__(self) -> int:
         return len(self.dataset)

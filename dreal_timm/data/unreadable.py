@@ -2,21 +2,21 @@
 import logging
 from typing import Any
 
-__all__ = ['name_unreadable']
+__all__ = ['AskedReader', 'name_unreadable']
 
 _logger = logging.getLogger('timm.data.dataset')
 _last_read = ''
 
 
-class _NamingReader:
-    """A reader of timm that remembers which file it opened last; a process reads one at a time."""
+class AskedReader:
+    """A reader of timm that remembers which image was asked of it last; timm asks for the next if one is broken."""
 
     def __init__(self, reader: Any):
         self.reader = reader
+        self.last = -1
 
     def __getitem__(self, index: int) -> Any:
-        global _last_read
-        _last_read = self.reader.filename(index, absolute=True)
+        self.last = index
         return self.reader[index]
 
     def __len__(self) -> int:
@@ -26,6 +26,15 @@ class _NamingReader:
         if name == 'reader':  # while it is unpickled in a loader process
             raise AttributeError(name)
         return getattr(self.reader, name)
+
+
+class _NamingReader(AskedReader):
+    """One that remembers the file as well, for a log that knows no reader; a process reads one at a time."""
+
+    def __getitem__(self, index: int) -> Any:
+        global _last_read
+        _last_read = self.reader.filename(index, absolute=True)
+        return super().__getitem__(index)
 
 
 def _add_file(record: logging.LogRecord) -> bool:

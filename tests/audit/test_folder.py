@@ -15,7 +15,7 @@ from PIL import Image
 
 from dreal_timm import DrealTask
 from dreal_timm.attention import find_sites, group_sites
-from dreal_timm.audit import Audit, audit, audit_model, command, load_critic, run
+from dreal_timm.audit import Audit, audit, audit_model, command, folder, load_critic
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.audit.subject import _digest, load_subject, open_images
 from dreal_timm.cli import main
@@ -118,7 +118,7 @@ def test_resume(run_folder, images, tmp_path, monkeypatch, small_parts, stop):
     """An audit that stops in either pass goes on with what is left, and ends where an uninterrupted one does."""
     whole, _ = audit_model(str(run_folder), str(images), tmp_path / 'whole', **OPTIONS)
     asked = []
-    save = run.Parts.save
+    save = folder.Parts.save
 
     def stopping(self, phase, part, tensors):
         if len(asked) == stop:
@@ -126,7 +126,7 @@ def test_resume(run_folder, images, tmp_path, monkeypatch, small_parts, stop):
         asked.append((phase, part))
         save(self, phase, part, tensors)
 
-    monkeypatch.setattr(run.Parts, 'save', stopping)
+    monkeypatch.setattr(folder.Parts, 'save', stopping)
     with pytest.raises(Stopped):
         audit_model(str(run_folder), str(images), tmp_path / 'cut', **OPTIONS)
     assert not (tmp_path / 'cut' / 'audit.json').exists()
@@ -134,7 +134,7 @@ def test_resume(run_folder, images, tmp_path, monkeypatch, small_parts, stop):
         audit_model(str(run_folder), str(images), tmp_path / 'cut', **OPTIONS)
     with pytest.raises(ValueError, match=r'another audit .*split'):
         audit_model(str(run_folder), str(images), tmp_path / 'cut', split='train', resume=True, **OPTIONS)
-    monkeypatch.setattr(run.Parts, 'save', lambda self, phase, part, tensors: (
+    monkeypatch.setattr(folder.Parts, 'save', lambda self, phase, part, tensors: (
         asked.append((phase, part)), save(self, phase, part, tensors)))
     resumed, _ = audit_model(str(run_folder), str(images), tmp_path / 'cut', resume=True, **OPTIONS)
     assert asked == [(phase, part) for phase in ('first', 'second') for part in range(3)]
