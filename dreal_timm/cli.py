@@ -40,7 +40,7 @@ def _inspect(args: argparse.Namespace) -> int:
     import yaml
 
     from dreal_timm.audit import describe_sites, format_sites
-    from dreal_timm.hub.load import timm_name
+    from dreal_timm.hub.loading import timm_name
     from dreal_timm.readers import without_sites
     name, options = timm_name(args.model), {}
     for setting in args.options:

@@ -7,10 +7,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-__all__ = ['UNREADABLE', 'nearest', 'one_line']
+__all__ = ['UNREADABLE', 'WeightsError', 'nearest', 'one_line']
 
 # what the readers of weight files raise for one that is broken or foreign
 UNREADABLE = (RuntimeError, KeyError, EOFError, OSError, struct.error, pickle.UnpicklingError, SafetensorError)
+
+
+class WeightsError(OSError, ValueError):
+    """Weights cannot be had: one line that names repository or folder, file, cause and what to do.
+
+    What was caught first is its `__cause__`.
+    """
 
 
 def one_line(error: BaseException) -> str:

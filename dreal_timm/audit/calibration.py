@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from dreal_timm.attention import Group
 from dreal_timm.audit.result import Audit
 from dreal_timm.critic import CELLS, Critic
-from dreal_timm.hub.load import read_checkpoint
+from dreal_timm.hub.loading import read_checkpoint
 
 __all__ = ['calibrate', 'load_critic', 'reliability']
 

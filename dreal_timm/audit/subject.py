@@ -14,7 +14,7 @@ from dreal_timm.audit.calibration import load_critic
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.critic import Critic
 from dreal_timm.data.opening import class_names, open_dataset
-from dreal_timm.hub.load import load_network
+from dreal_timm.hub.loading import load
 
 __all__ = ['Subject', 'load_subject', 'open_images']
 
@@ -64,12 +64,12 @@ def load_subject(model: str, checkpoint: str = '', input_size: Sequence[int] | N
     if (folder / _RUN).is_file() and (folder / 'model').is_dir():
         source = str(folder / 'model')
         if not checkpoint and (folder / _BEST).is_file():
-            network: Any = load_network(source)
+            network: Any = load(source)
             checkpoint = str(folder / _BEST)
         else:
-            network = load_network(source, checkpoint)
+            network = load(source, checkpoint)
     else:
-        network = load_network(source, checkpoint)
+        network = load(source, checkpoint)
     critic = None
     if checkpoint and Path(checkpoint).suffix != '.safetensors':
         size = input_size if input_size is not None else get_model_input_config(network)['input_size']

@@ -1,6 +1,9 @@
-"""Weights of networks: exported as folders, and started from those of others"""
+"""Weights of networks: exported as folders, loaded with errors that say what to do, and started from those of others"""
+from dreal_timm.errors import WeightsError as WeightsError
+
 from .backbone import Backbone as Backbone
 from .backbone import load_backbone as load_backbone
 from .backbone import open_gates as open_gates
 from .export import export as export
+from .loading import load as load
 from .run import export_run as export_run

@@ -12,7 +12,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
 from dreal_timm.errors import UNREADABLE
-from dreal_timm.hub.load import load_network, read_checkpoint
+from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.layers import SrmModule
 from dreal_timm.readers import READERS
 
@@ -98,7 +98,7 @@ def _weights(source: str | Path, in_chans: int) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         if path.suffix in ('.pth', '.pt', '.tar', '.bin', '.safetensors'):
             raise FileNotFoundError(f"backbone: no file '{source}'.")
-        return load_network(str(source), in_chans=in_chans).state_dict()
+        return load(str(source), in_chans=in_chans).state_dict()
     if path.suffix == '.safetensors':
         from safetensors.torch import load_file
         try:

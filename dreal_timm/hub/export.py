@@ -1,6 +1,5 @@
 """Export of a trained network as a folder in the layout of the Hugging Face Hub, which timm loads"""
 import copy
-import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import get_model_input_config, save_for_hf
 from torch import nn
 
+from dreal_timm.hub.folder import SUMS, checksums
 from dreal_timm.models.dreal_resnet import timm_architecture
 
 __all__ = ['check_export', 'export']
@@ -94,15 +94,6 @@ def _untie(model: nn.Module) -> None:
                 seen.add(tensor.data_ptr())
 
 
-def _checksums(directory: Path) -> str:
-    """Lines of `sha256sum` for all files of a folder."""
-    digests = {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob('*') if path.is_file()
-    }
-    return ''.join(f'{digest}  {name}\n' for name, digest in sorted(digests.items()))
-
-
 def export(
         model: nn.Module,
         directory: str | Path,
@@ -176,7 +167,7 @@ def export(
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_bytes(content)
-        (scratch / 'SHA256SUMS').write_text(_checksums(scratch), encoding='utf-8')
+        (scratch / SUMS).write_text(checksums(scratch), encoding='utf-8')
         if fresh_process:
             _check_afresh(scratch, model_config['pretrained_cfg']['architecture'])
         else:

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from dreal_timm.hub.export import export
-from dreal_timm.hub.load import load_network, read_checkpoint
+from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.version import __version__
 
 __all__ = ['WEIGHTS', 'export_run']
@@ -87,7 +87,7 @@ def export_run(
         raise FileNotFoundError(f"'{run}' has no model/config.json, which a run writes when it ends: let it end first.")
     checkpoint = read_checkpoint(path)
     state = _state(checkpoint, path, weights)
-    model: Any = load_network(str(run / 'model'))
+    model: Any = load(str(run / 'model'))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dreal_timm.attention import attention_parameters, find_sites
 from dreal_timm.errors import UNREADABLE, nearest
 from dreal_timm.hub.backbone import load_backbone, open_gates
-from dreal_timm.hub.load import check_model_name
+from dreal_timm.hub.loading import check_model_name
 from dreal_timm.task import DrealTask
 from dreal_timm.train.loaders import mixes
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.task import TrainingTask
 
-from dreal_timm.hub.load import read_checkpoint
+from dreal_timm.hub.loading import read_checkpoint
 from dreal_timm.task import DrealTask
 from dreal_timm.train.checkpoint import LAST
 

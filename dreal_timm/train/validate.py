@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dreal_timm.hub.load import load_network
+from dreal_timm.hub.loading import load
 from dreal_timm.train import datasets, loaders
 from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
@@ -42,7 +42,7 @@ def validate(
         FileNotFoundError: The folder, the data or the checkpoint is missing.
         ValueError: No such model, or it has no weights, or they do not fit.
     """
-    network: Any = load_network(model, checkpoint)
+    network: Any = load(model, checkpoint)
     settings = dict(
         data_dir=str(data_dir), dataset=dataset, val_split=split, batch_size=batch_size, workers=workers)
     config = load_config(settings)

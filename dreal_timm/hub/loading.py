@@ -8,9 +8,11 @@ import timm
 import torch
 from torch import nn
 
-from dreal_timm.errors import UNREADABLE, nearest
+from dreal_timm.errors import UNREADABLE, WeightsError, nearest
+from dreal_timm.hub.fetch import WEIGHTS_FILES, fetch
+from dreal_timm.hub.folder import check_folder
 
-__all__ = ['check_model_name', 'load_network', 'read_checkpoint', 'timm_name']
+__all__ = ['check_model_name', 'load', 'read_checkpoint', 'timm_name']
 
 
 def check_model_name(name: str) -> None:
@@ -42,37 +44,62 @@ def timm_name(model: str) -> str:
     return name
 
 
-def load_network(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
-    """Return a network with its weights.
+def _fetch(name: str) -> None:
+    """Bring the weights of the Hub that timm would load into the cache, in a way that fails at once and clearly."""
+    source, model = timm.models.parse_model_name(name)
+    if source == 'hf-hub':
+        fetch(model, config=True)
+    elif source is None:
+        config = timm.models.get_pretrained_cfg(model)
+        repo = getattr(config, 'hf_hub_id', None)
+        if repo and not (config.file or config.state_dict):
+            named = config.hf_hub_filename
+            fetch(repo, config=False, weights=(named,) if named else WEIGHTS_FILES)
+
+
+def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
+    """Return a network with its weights; one error says in a line why they cannot be had.
+
+    Weights of the Hub are compared with the hash that the client stores them under, and those of an exported folder
+    with its list `SHA256SUMS`. Without a network, and without them in the cache, it fails at the first request.
 
     Args:
-        model: Name of a timm model, 'hf-hub:USER/NAME', or an exported folder.
+        model: Name of a timm model, 'hf-hub:USER/NAME' (with `@REVISION` where one is meant), or an exported folder.
         checkpoint: File with weights to load, in place of the model's published ones.
         **kwargs: Passed to `timm.create_model`.
 
     Raises:
         FileNotFoundError: The folder or the checkpoint is missing.
-        ValueError: No such model, or it has no weights, or they do not fit.
+        ValueError: No such model, or it has no weights.
+        WeightsError: The weights cannot be had: offline, no such repository, revision or file, no access, broken,
+            not those that were published, or of another architecture. It is an OSError and a ValueError.
     """
     name = timm_name(model)
     if checkpoint and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"No checkpoint '{checkpoint}'.")
-    source, _ = timm.models.parse_model_name(name)
+    source, path = timm.models.parse_model_name(name)
     if source is None and not checkpoint and not timm.models.is_model_pretrained(name):
         raise ValueError(f"'{model}' has no published weights: name a folder, or pass a checkpoint.")
+    if source == 'local-dir' and not checkpoint:
+        check_folder(path)
+    if not checkpoint and not {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'} & kwargs.keys():
+        _fetch(name)
     try:
         return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None, **kwargs)
-    except UNREADABLE as error:
+    except (*UNREADABLE, AssertionError, TypeError, ValueError, AttributeError, MemoryError) as error:
+        if isinstance(error, (AssertionError, TypeError, ValueError, AttributeError)) and source is None:
+            raise  # arguments of the network, not its weights
         what = f"'{checkpoint}' as weights of '{model}'" if checkpoint else f"'{model}'"
         hint = ' (a run exports its best epoch to the folder model/)' if checkpoint else ''
-        raise ValueError(f'Cannot load {what}{hint}: {" ".join(str(error).split())[:200]}') from error
+        reason = ' '.join(str(error).split())[:200] or type(error).__name__
+        raise WeightsError(f'Cannot load {what}{hint}: {reason}') from error
 
 
 def read_checkpoint(path: str | Path) -> Any:
     """Return what a checkpoint of this package or of timm's train.py holds, tensors on the CPU; no code of it is run.
 
     Raises:
-        ValueError: The file is broken, or no checkpoint of PyTorch.
+        WeightsError: The file is broken, or no checkpoint of PyTorch.
     """
     allow = getattr(torch.serialization, 'safe_globals', None)
     if allow is None:  # torch 2.4 knows no such context
@@ -82,4 +109,4 @@ def read_checkpoint(path: str | Path) -> Any:
             return torch.load(path, map_location='cpu', weights_only=True)
     except (*UNREADABLE, ValueError) as error:
         reason = ' '.join(str(error).split())[:120]
-        raise ValueError(f"'{path}' is broken or no checkpoint of PyTorch ({reason}).") from error
+        raise WeightsError(f"'{path}' is broken or no checkpoint of PyTorch ({reason}).") from error
