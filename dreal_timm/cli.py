@@ -1,4 +1,4 @@
-"""The command line: `dreal-timm train | validate | inspect | audit | compare | export | recipes | data`"""
+"""The command line: `dreal-timm train | validate | inspect | audit | compare | export | push | recipes | data`"""
 import argparse
 import dataclasses
 import json
@@ -106,6 +106,15 @@ def _export(args: argparse.Namespace) -> None:
           f"model = timm.create_model('local-dir:{folder}', pretrained=True)")
 
 
+def _push(args: argparse.Namespace) -> None:
+    from dreal_timm.hub import prepare, push
+    if args.dry_run:
+        print(f'{prepare(args.directory, args.repo)}\nnothing was sent')
+        return
+    done = push(args.directory, args.repo, args.private, args.create_pr, args.tag, args.message)
+    print(f"{'sent' if done.changed else 'nothing has changed, and nothing was sent'}: {done.url}")
+
+
 def _recipes(args: argparse.Namespace) -> None:
     from dreal_timm.train import find_recipe, list_recipes
     from dreal_timm.train.table import DREAL_KEYS, KEYS
@@ -207,6 +216,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument('--half', action='store_true', help='write float16 weights')
     export.set_defaults(function=_export)
 
+    push = commands.add_parser('push', help='send an exported folder to the Hugging Face Hub')
+    push.add_argument('directory', metavar='DIR', help='exported folder')
+    push.add_argument('repo', metavar='USER/NAME', help='repository, which is created where there is none')
+    push.add_argument('--dry-run', action='store_true', help='check everything and list what would be sent; no network')
+    push.add_argument('--private', action='store_true', help='create it as a private one')
+    push.add_argument('--create-pr', action='store_true', help='open a pull request at one that exists')
+    push.add_argument('--tag', metavar='TAG', default='', help='tag to give to the commit')
+    push.add_argument('--message', metavar='TEXT', default='', help='message of the commit')
+    push.set_defaults(function=_push)
+
     recipes = commands.add_parser('recipes', help='list the recipes of the package, or copy one')
     recipes.add_argument('--copy', metavar='NAME', default='', help='recipe to copy')
     recipes.add_argument('--keys', action='store_true', help='list the keys of a recipe with their defaults')
@@ -226,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
-    for name in ('timm', 'accelerate', 'httpx', 'huggingface_hub'):
+    for name in ('timm', 'accelerate', 'httpx', 'httpx2', 'huggingface_hub'):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return args.function(args) or 0

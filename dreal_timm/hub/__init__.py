@@ -7,3 +7,5 @@ from .backbone import open_gates as open_gates
 from .export import export as export
 from .loading import load as load
 from .run import export_run as export_run
+from .upload import prepare as prepare
+from .upload import push as push

@@ -64,6 +64,8 @@ def explain(error: BaseException, repo: str) -> str:
         if any(isinstance(item, kind) for item in chain):
             return text
     for item in chain:
+        if isinstance(item, EntryNotFoundError) and not isinstance(item, LocalEntryNotFoundError):
+            return 'the repository has no such file'
         if isinstance(item, HfHubHTTPError):
             status = getattr(item.response, 'status_code', None)
             texts = {
@@ -80,8 +82,6 @@ def explain(error: BaseException, repo: str) -> str:
             return ' '.join(str(item).split())[:200]
     if isinstance(error, HFValidationError):
         return ' '.join(str(error).split())[:200]
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return 'the repository has no such file'
     if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
         return f'{error.strerror}: {error.filename or constants.HF_HUB_CACHE}'
     reason = ' '.join((str(chain[-1]) or type(chain[-1]).__name__).split())[:100]

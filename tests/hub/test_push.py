@@ -1,0 +1,395 @@
+"""Push and pull against a Hub on loopback that the unmodified client talks to"""
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import timm
+import torch
+from conftest import make_model
+from fake_hub import TOKEN, FakeHub
+from huggingface_hub import constants, hf_api
+from safetensors.torch import load_file, save_file
+
+from dreal_timm.cli import main
+from dreal_timm.errors import WeightsError
+from dreal_timm.hub import export, load, prepare, push
+
+NAME = 'user/network'
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub, and this process with an empty cache and a token for it."""
+    server = FakeHub()
+    monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+    monkeypatch.setattr(
+        constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.url + '/{repo_id}/resolve/{revision}/{filename}')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_TELEMETRY', True)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(hf_api.api, 'endpoint', server.url)
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """A small exported network with SE."""
+    return export(make_model(), tmp_path_factory.mktemp('exported') / 'net', data_config={'input_size': (3, 64, 64)})
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / 'net')
+
+
+def equal(model, folder):
+    expected = load_file(folder / 'model.safetensors')
+    return all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def forget(tmp_path):
+    shutil.rmtree(tmp_path / 'cache', ignore_errors=True)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_another_process_loads_what_was_pushed(hub, folder, tmp_path, capsys):
+    """timm alone, in another process with another cache, gets the same weights and logits; no token went astray."""
+    assert main(['push', str(folder), NAME, '--tag', 'v1', '--private']) == 0
+    out = capsys.readouterr()
+    assert out.out.startswith(f'sent: {hub.url}/{NAME}/commit/') and TOKEN not in out.out + out.err
+    repo = hub.repositories[NAME]
+    assert repo.private and len(repo.commits) == 2 and repo.tags['v1'] == repo.refs['main']
+    assert {path: content for path, content in repo.commits[-1][1].items() if path != '.gitattributes'} == {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    code = (
+        'import sys, timm, torch\n'
+        'from safetensors.torch import load_file\n'
+        f'model = timm.create_model("hf-hub:{NAME}", pretrained=True).eval()\n'
+        'expected = load_file(sys.argv[1] + "/model.safetensors")\n'
+        'assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())\n'
+        'test = load_file(sys.argv[1] + "/test/rand_tensors.safetensors")\n'
+        'torch.testing.assert_close(model(test["input"]), test["output"])\n'
+    )
+    subprocess.run([sys.executable, '-c', code, str(folder)], check=True, timeout=120,
+                   env=os.environ | hub.environment(tmp_path / 'other'))
+    assert not [headers for origin, *_, headers in hub.requests if origin == 'lfs' and 'Authorization' in headers]
+    assert not [path for *_, path, headers in hub.requests if TOKEN in path]
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_a_second_push_is_no_commit(hub, folder):
+    """Nothing has changed: no commit and no upload; an edited card alone is sent alone."""
+    first = push(folder, NAME)
+    assert first.changed
+    uploads = hub.calls('PUT')
+    again = push(folder, NAME)
+    assert not again.changed and again.revision == first.revision
+    (folder / 'README.md').write_text('---\nlibrary_name: timm\n---\n# Edited\n')
+    third = push(folder, NAME)
+    assert third.changed and len(hub.repositories[NAME].commits) == 3 and hub.calls('PUT') == uploads
+    assert hub.repositories[NAME].commits[-1][1]['README.md'].endswith(b'# Edited\n')
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_what_an_earlier_push_left_is_removed(hub, folder, tmp_path):
+    """Metrics and training notes that the folder no longer has go; files of others stay."""
+    push(folder, NAME)
+    repo = hub.repositories[NAME]
+    repo.commit({**repo.commits[-1][1], '.eval_results/old.yaml': b'[]', 'notes.txt': b'mine'})
+    push(folder, NAME)
+    assert '.eval_results/old.yaml' not in repo.commits[-1][1] and 'notes.txt' in repo.commits[-1][1]
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_pull_request(hub, folder):
+    """A pull request leaves the branch as it is, needs a repository, and creates none."""
+    with pytest.raises(WeightsError, match='no such repository'):
+        push(folder, NAME, create_pr=True)
+    assert NAME not in hub.repositories
+    before = push(folder, NAME)
+    (folder / 'README.md').write_text('---\nlibrary_name: timm\n---\n')
+    done = push(folder, NAME, create_pr=True)
+    assert done.url == f'{hub.url}/{NAME}/discussions/1'
+    assert hub.repositories[NAME].refs['main'] == before.revision
+
+
+@pytest.mark.parametrize('fault', [('POST', '/preupload'), ('POST', '/commit'), ('GET', f'hub/api/models/{NAME}')])
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_a_new_repository_goes_with_its_failed_push(hub, folder, fault):
+    """It is removed while it is empty; the message says so in a line."""
+    hub.faults[fault] = [403]
+    with pytest.raises(WeightsError, match=r"'user/network': it was not sent: .* was removed") as caught:
+        push(folder, NAME)
+    assert NAME not in hub.repositories and caught.value.__cause__ is not None
+    assert '\n' not in str(caught.value) and TOKEN not in str(caught.value)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_a_new_repository_that_cannot_be_removed_is_named(hub, folder):
+    """The Hub is gone for the clean-up as well."""
+    hub.faults = {('POST', '/commit'): [403], ('DELETE', ''): [403]}
+    with pytest.raises(WeightsError, match='user/network was created, is empty, and could not be removed'):
+        push(folder, NAME)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_a_cut_upload(hub, folder, tmp_path):
+    """An upload that ends in the middle leaves the old revision whole, and the next push succeeds."""
+    push(folder, NAME)
+    old = dict(hub.repositories[NAME].commits[-1][1])
+    other = export(make_model(seed=1), tmp_path / 'other', data_config={'input_size': (3, 64, 64)})
+    hub.faults['PUT', 'lfs'] = [403]
+    with pytest.raises(WeightsError, match='it was not sent'):
+        push(other, NAME)
+    assert hub.repositories[NAME].commits[-1][1] == old  # one that existed is never removed
+    hub.faults['PUT', 'lfs'] = ['cut']
+    assert push(other, NAME).changed
+    assert equal(load(f'hf-hub:{NAME}'), other)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_somebody_else_was_faster(hub, folder):
+    """A commit that arrived meanwhile is not overwritten."""
+    push(folder, NAME)
+    hub.faults['POST', '/commit'] = [412]
+    (folder / 'README.md').write_text('---\nlibrary_name: timm\n---\n')
+    with pytest.raises(WeightsError, match='changed meanwhile: try again'):
+        push(folder, NAME)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_a_tag_that_exists(hub, folder):
+    """Nothing is sent where the tag is taken."""
+    push(folder, NAME, tag='v1')
+    (folder / 'README.md').write_text('---\nlibrary_name: timm\n---\n')
+    with pytest.raises(WeightsError, match="has a tag 'v1' already: nothing was sent"):
+        push(folder, NAME, tag='v1')
+    assert len(hub.repositories[NAME].commits) == 2
+
+
+def test_without_a_token_or_with_a_wrong_one(hub, folder, monkeypatch):
+    """No request is made without a token; a wrong one is said to be wrong, and another's name forbidden."""
+    with pytest.raises(WeightsError, match='does not allow it'):
+        push(folder, 'other/network')
+    monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
+    with pytest.raises(WeightsError, match='log in') as caught:
+        push(folder, NAME)
+    assert 'hf_wrong' not in str(caught.value)
+    monkeypatch.delenv('HF_TOKEN')
+    monkeypatch.setattr('dreal_timm.hub.upload.get_token', lambda: None)
+    hub.requests.clear()
+    with pytest.raises(WeightsError, match='there is no token'):
+        push(folder, NAME)
+    assert not hub.requests
+
+
+def test_dry_run(hub, folder, capsys):
+    """It is complete without a network: the same checks, the list of files, no request."""
+    assert main(['push', str(folder), NAME, '--dry-run']) == 0
+    out = capsys.readouterr().out
+    for path in folder.rglob('*'):
+        if path.is_file():
+            assert re.search(rf'{path.stat().st_size:,}  {re.escape(path.relative_to(folder).as_posix())}\n', out)
+    assert 'nothing was sent' in out and not hub.requests
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('network', 'USER/NAME'), ('a/b/c', 'Repo id|USER/NAME'), ('user/na me', 'Repo id'), ('user/..', 'Repo id'),
+])
+def test_names(folder, name, message, capsys):
+    """What is no name of a repository is refused before anything is looked at."""
+    assert main(['push', str(folder), name, '--dry-run']) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_was_not_exported_is_not_sent(hub, folder, tmp_path):
+    """A file beside the list, a link out of the folder, and a front matter that is none."""
+    (folder / 'notes.txt').write_text('private')
+    with pytest.raises(ValueError, match=r'holds notes\.txt, which was not exported'):
+        prepare(folder, NAME)
+    (folder / 'notes.txt').unlink()
+    (folder / 'README.md').write_text('---\nlicense: [\n---\n')
+    with pytest.raises(WeightsError, match='front matter cannot be read'):
+        prepare(folder, NAME)
+    (folder / 'README.md').unlink()
+    shutil.copy(folder / 'config.json', tmp_path / 'outside.json')
+    (folder / 'config.json').unlink()
+    (folder / 'config.json').symlink_to(tmp_path / 'outside.json')
+    with pytest.raises(WeightsError, match=r'config\.json: it is not what was exported'):
+        prepare(folder, NAME)
+    assert not hub.requests
+
+
+@pytest.fixture
+def published(hub, folder):
+    """A repository with an exported network."""
+    from fake_hub import Repository
+    repo = hub.repositories[NAME] = Repository()
+    files = [path for path in folder.rglob('*') if path.is_file()]
+    repo.commit({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+    return repo
+
+
+def test_load_and_what_is_asked(hub, published, folder):
+    """The weights are equal; a commit that is in the cache asks nothing of the Hub."""
+    assert equal(load(f'hf-hub:{NAME}@{published.refs["main"]}'), folder)
+    hub.requests.clear()
+    assert equal(load(f'hf-hub:{NAME}@{published.refs["main"]}'), folder)
+    assert not hub.requests
+    assert equal(load(f'hf-hub:{NAME}'), folder)
+
+
+def test_failures_of_a_pull(hub, published, tmp_path, monkeypatch):
+    """Each cause has its word, and repository and file stand in the line."""
+    for name, word in (
+        ('user/nothing', 'no such repository, or it is private'), (f'{NAME}@v9', 'no such revision'),
+        ('user/na me', 'config.json'),
+    ):
+        with pytest.raises(WeightsError, match=word) as caught:
+            load(f'hf-hub:{name}')
+        assert f"'{name}', config.json" in str(caught.value) and '\n' not in str(caught.value)
+        assert caught.value.__cause__ is not None
+    published.gated = True
+    with pytest.raises(WeightsError, match='gated: ask for access at'):
+        load(f'hf-hub:{NAME}')
+    published.gated = False
+    for status, word in ((401, 'token is not valid'), (429, 'too many requests'), (503, r'error \(503\): try again')):
+        hub.faults['GET', '/api/models'] = [status]
+        with pytest.raises(WeightsError, match=word):
+            load(f'hf-hub:{NAME}')
+    head = published.commits[-1][1]
+    published.commit({name: content for name, content in head.items() if name != 'model.safetensors'})
+    with pytest.raises(WeightsError, match=r"'user/network', .*: the repository has no such file"):
+        load(f'hf-hub:{NAME}')
+
+
+def test_without_a_network(hub, published, folder, tmp_path):
+    """With no network: seconds and one error without a cache, the weights with one."""
+    load(f'hf-hub:{NAME}')
+    hub.close()
+    assert equal(load(f'hf-hub:{NAME}'), folder)
+    forget(tmp_path)
+    start = time.monotonic()
+    for model in (f'hf-hub:{NAME}', 'resnet10t', 'dreal_se_resnet50'):
+        with pytest.raises(WeightsError, match=r'cannot be reached .*: check the network'):
+            load(model)
+    assert time.monotonic() - start < 5
+
+
+def test_switched_off(hub, published, tmp_path, monkeypatch, capsys):
+    """HF_HUB_OFFLINE asks nothing; the commands say it in a line."""
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(WeightsError, match='switched off'):
+        load(f'hf-hub:{NAME}')
+    assert main(['validate', f'hf-hub:{NAME}', '--data', str(tmp_path)]) == 2
+    assert 'HF_HUB_OFFLINE' in capsys.readouterr().err
+    assert not hub.requests
+
+
+@pytest.mark.parametrize('fault', ['cut', 'other'])
+def test_a_broken_download_never_gives_other_weights(hub, published, folder, fault):
+    """A download that is cut goes on or starts again; other bytes of the same number are found by their hash."""
+    hub.faults['GET', 'lfs/objects'] = [fault]
+    if fault == 'cut':
+        assert equal(load(f'hf-hub:{NAME}'), folder)
+        return
+    with pytest.raises(WeightsError, match=r'safetensors: the copy in the cache is broken .* delete \S+') as caught:
+        load(f'hf-hub:{NAME}')
+    os.unlink(str(caught.value).rsplit(' ', 1)[-1])
+    assert equal(load(f'hf-hub:{NAME}'), folder)
+
+
+def _mutate(folder, number):
+    """One of many ways to break an exported folder; returns whether it is for this package to find out."""
+    draw = random.Random(number)
+    weights, config, sums = (folder / name for name in ('model.safetensors', 'config.json', 'SHA256SUMS'))
+    kind = number % 10
+    if kind < 3:  # a flipped byte anywhere, the header and the lists included
+        path = draw.choice([path for path in sorted(folder.rglob('*')) if path.is_file()])
+        content = bytearray(path.read_bytes())
+        content[draw.randrange(min(len(content), draw.choice([64, 4096, len(content)])))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+    elif kind == 3:
+        path = draw.choice([weights, config, sums])
+        path.write_bytes(path.read_bytes()[:draw.randrange(path.stat().st_size)])
+    elif kind == 4:
+        draw.choice([weights, config, sums, folder / 'test' / 'rand_tensors.safetensors']).unlink()
+    elif kind == 5:  # without its list, so that the network itself must tell
+        sums.unlink()
+        told = json.loads(config.read_text())
+        key = draw.choice(['architecture', 'model_args', 'pretrained_cfg', 'num_classes'])
+        told[key] = draw.choice([None, 7, 'seresnet50', '../../etc/passwd', [], {}, {'depth': 10 ** 9}, 'x' * 10 ** 5])
+        config.write_text(json.dumps(told))
+    elif kind == 6:
+        sums.write_text(sums.read_text() + draw.choice([
+            f'{"0" * 64}  ../../etc/passwd\n', f'{"0" * 64}  /etc/passwd\n', f'{"0" * 64}  nothing\n', '\0\n', 'x\n']))
+    elif kind == 7:  # a header that claims more than there is
+        sums.unlink()
+        size = draw.choice([2 ** 63, 2 ** 40, 10 ** 8, 0, 1])
+        weights.write_bytes(size.to_bytes(8, 'little') + weights.read_bytes()[8:])
+    elif kind == 8:  # other names or shapes of tensors
+        sums.unlink()
+        tensors = load_file(weights)
+        name = draw.choice(sorted(tensors))
+        tensor = tensors.pop(name)
+        tensors[draw.choice([name, f'{name}.x', '../x', 'critic.weight'])] = draw.choice(
+            [tensor, tensor.reshape(-1)[:1].repeat(3, 3), tensor.unsqueeze(0)])
+        save_file(tensors, weights)
+    else:
+        sums.unlink()
+        config.write_text(draw.choice(['', '[]', '{}', '[' * 10 ** 5, '{"architecture": "test_resnet"}', '\0', 'null']))
+
+
+@pytest.mark.parametrize('start', range(0, 200, 20))
+def test_mutated_folders(exported, tmp_path, start, capsys):
+    """200 broken folders: the weights that were exported, or one clean error; from load, validate and push."""
+    from small_run import write_images
+    images = write_images(tmp_path / 'images', 1, 1)
+    good = load_file(exported / 'model.safetensors')
+    found = 0
+
+    def attempt(call):
+        """What the call returns, or its one clean error."""
+        try:
+            return call(), ''
+        except (WeightsError, FileNotFoundError) as error:
+            return None, str(error)
+
+    for number in range(start, start + 20):
+        folder = shutil.copytree(exported, tmp_path / str(number))
+        _mutate(folder, number)
+        model, error = attempt(partial(load, str(folder)))
+        if model is None:
+            found += 1
+            assert str(folder) in error and '\n' not in error and len(error) < 600, number
+            assert main(['validate', str(folder), '--data', str(images), '--workers', '0', '--device', 'cpu']) == 2
+        else:
+            assert all(torch.equal(tensor, good[name]) for name, tensor in model.state_dict().items()), number
+        plan, error = attempt(partial(prepare, folder, NAME))
+        assert '\n' not in error, number
+        if plan is not None:
+            for name in ('model.safetensors', 'config.json'):
+                assert (folder / name).read_bytes() == (exported / name).read_bytes(), number
+        shutil.rmtree(folder)
+    assert found >= 12
+    assert 'Traceback' not in capsys.readouterr().err
+
+
+def test_architectures_of_others(folder, capsys):
+    """A folder of a network that nobody registered names the package to import as what to do."""
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, 'architecture': 'elsewhere_resnet'}))
+    (folder / 'SHA256SUMS').unlink()
+    with pytest.raises(WeightsError, match="no architecture 'elsewhere_resnet': import the package"):
+        load(str(folder))
+    assert timm.create_model('test_resnet') is not None
