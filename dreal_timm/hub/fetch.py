@@ -39,10 +39,6 @@ def digest(path: str | Path) -> str:
     return found.hexdigest()
 
 
-def _offline() -> bool:
-    return bool(constants.HF_HUB_OFFLINE)
-
-
 def explain(error: BaseException, repo: str) -> str:
     """Return why a request to the Hub failed, and what to do.
 
@@ -104,10 +100,20 @@ def _cached(repo: str, revision: str | None, files: Sequence[str]) -> str | None
     return None
 
 
+def _download(repo: str, file: str, revision: str | None) -> str:
+    """The client's download; a kept connection that the Hub has ended meanwhile is tried once more."""
+    try:
+        return hf_hub_download(repo, file, revision=revision)
+    except Exception as error:  # of the library that the client sends requests with
+        if type(error).__module__.split('.')[0] not in ('httpx', 'httpx2', 'requests'):
+            raise
+    return hf_hub_download(repo, file, revision=revision)
+
+
 def fetch(source: str, config: bool, weights: Sequence[str] = WEIGHTS_FILES) -> None:
     """Bring what timm loads from a repository into the client's cache, and compare it with its hash.
 
-    Nothing is asked of the Hub where the cache has it.
+    A commit that the cache has asks nothing of the Hub; of a branch it asks whether there is a newer one.
 
     Args:
         source: Id of the repository, with `@REVISION` where one is meant.
@@ -123,17 +129,14 @@ def fetch(source: str, config: bool, weights: Sequence[str] = WEIGHTS_FILES) -> 
         needed = ['config.json'] if config else []
         found = _cached(repo, revision or None, weights)
         if found is None or (config and _cached(repo, revision or None, needed) is None):
-            if _offline():
+            if constants.HF_HUB_OFFLINE:
                 raise OfflineModeIsEnabled(f'{repo} is not in the cache.')
             info = HfApi().model_info(repo, revision=revision or None, timeout=_TIMEOUT)
             names = {sibling.rfilename for sibling in info.siblings or ()}
             found = next((name for name in weights if name in names), weights[0])
-            for file in (*needed, found):
-                hf_hub_download(repo, file, revision=revision or None)
-        file = found
-        path = try_to_load_from_cache(repo, found, revision=revision or None)
-        if isinstance(path, str):
-            _verify(path, repo, found)
+        for file in (*needed, found):
+            path = _download(repo, file, revision or None)
+        _verify(path, repo, found)
     except WeightsError:
         raise
     except Exception as error:  # the client's own, and those of the two libraries that it sends requests with

@@ -11,16 +11,16 @@ from safetensors import safe_open
 from dreal_timm.errors import UNREADABLE, WeightsError
 from dreal_timm.hub.fetch import digest
 
-__all__ = ['SUMS', 'check_folder', 'checksums', 'read_checksums']
+__all__ = ['SUMS', 'UNLISTED', 'check_folder', 'checksums', 'read_checksums']
 
 SUMS = 'SHA256SUMS'
-_UNLISTED = ('README.md', '.gitattributes', SUMS)  # a card may be edited
+UNLISTED = ('README.md', '.gitattributes', SUMS)  # a card may be edited
 
 
 def checksums(directory: Path) -> str:
     """Return lines of `sha256sum` for the files of a folder, but for its card."""
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob('*') if path.is_file())
-    return ''.join(f'{digest(directory / name)}  {name}\n' for name in names if name not in _UNLISTED)
+    return ''.join(f'{digest(directory / name)}  {name}\n' for name in names if name not in UNLISTED)
 
 
 def read_checksums(directory: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dreal_timm.errors import UNREADABLE, WeightsError, nearest
-from dreal_timm.hub.fetch import WEIGHTS_FILES, explain, fetch
+from dreal_timm.hub.fetch import WEIGHTS_FILES, fetch
 from dreal_timm.hub.folder import check_folder
 
 __all__ = ['check_model_name', 'load', 'read_checkpoint', 'timm_name']
@@ -57,22 +57,6 @@ def _fetch(name: str) -> None:
             fetch(repo, config=False, weights=(named,) if named else WEIGHTS_FILES)
 
 
-def _create(name: str, **kwargs: Any) -> nn.Module:
-    """timm's create_model; a connection of the client's that ended meanwhile is tried once more."""
-    try:
-        return timm.create_model(name, **kwargs)
-    except Exception as error:
-        if type(error).__module__.split('.')[0] not in ('httpx', 'httpx2', 'requests'):
-            raise
-    try:
-        return timm.create_model(name, **kwargs)
-    except Exception as error:
-        if type(error).__module__.split('.')[0] not in ('httpx', 'httpx2', 'requests'):
-            raise
-        repo = timm.models.parse_model_name(name)[1]
-        raise WeightsError(f"'{repo}': {explain(error, repo)}.") from error
-
-
 def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
     """Return a network with its weights; one error says in a line why they cannot be had.
 
@@ -101,10 +85,8 @@ def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
     if not checkpoint and not {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'} & kwargs.keys():
         _fetch(name)
     try:
-        return _create(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None, **kwargs)
+        return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None, **kwargs)
     except (*UNREADABLE, AssertionError, TypeError, ValueError, AttributeError, MemoryError) as error:
-        if isinstance(error, WeightsError):
-            raise
         if isinstance(error, (AssertionError, TypeError, ValueError, AttributeError)) and source is None:
             raise  # arguments of the network, not its weights
         what = f"'{checkpoint}' as weights of '{model}'" if checkpoint else f"'{model}'"

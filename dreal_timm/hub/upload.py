@@ -1,7 +1,6 @@
 """`dreal-timm push`: an exported folder to the Hugging Face Hub, in one commit"""
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -10,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 from dreal_timm.errors import WeightsError
 from dreal_timm.hub.export import check_export
 from dreal_timm.hub.fetch import explain
-from dreal_timm.hub.folder import SUMS, check_folder, read_checksums
+from dreal_timm.hub.folder import UNLISTED, check_folder, read_checksums
 
 __all__ = ['Plan', 'Pushed', 'prepare', 'push']
 
@@ -78,7 +77,8 @@ def prepare(directory: str | Path, repo: str) -> Plan:
     check_folder(directory, everything=True)
     listed = read_checksums(directory)
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob('*') if not path.is_dir())
-    foreign = [name for name in names if name not in listed and name not in ('README.md', SUMS)]
+    names = [name for name in names if name != '.gitattributes']  # the Hub's own, in a folder that came from there
+    foreign = [name for name in names if name not in listed and name not in UNLISTED]
     if foreign:
         raise ValueError(f"'{directory}' holds {foreign[0]}, which was not exported: take it away, or export again.")
     try:
@@ -96,10 +96,8 @@ def prepare(directory: str | Path, repo: str) -> Plan:
     return Plan(directory, repo, {name: (directory / name).stat().st_size for name in names})
 
 
-def _operations(plan: Plan, present: set[str]) -> list[Any]:
-    stale = sorted(name for name in present if name.startswith(_OWN) and name not in plan.files)
-    added = [CommitOperationAdd(name, plan.directory / name) for name in plan.files]
-    return [*added, *(CommitOperationDelete(name) for name in stale)]
+def _stale(plan: Plan, present: set[str]) -> list[CommitOperationDelete]:
+    return [CommitOperationDelete(name) for name in sorted(present - plan.files.keys()) if name.startswith(_OWN)]
 
 
 def _create(api: HfApi, repo: str, private: bool) -> bool:
@@ -157,6 +155,7 @@ def push(
     plan = prepare(directory, repo)
     if get_token() is None:
         raise WeightsError(f"'{repo}': there is no token: log in (hf auth login), or set HF_TOKEN.")
+    added = [CommitOperationAdd(name, plan.directory / name) for name in plan.files]
     api, created = HfApi(), False
     try:
         created = not create_pr and _create(api, repo, private)
@@ -165,7 +164,7 @@ def push(
             raise WeightsError(f"'{repo}' has a tag '{tag}' already: nothing was sent.")
         present = {sibling.rfilename for sibling in info.siblings or ()}
         done = api.create_commit(
-            repo, _operations(plan, present), commit_message=message or f'Upload {plan.directory.name}',
+            repo, [*added, *_stale(plan, present)], commit_message=message or f'Upload {plan.directory.name}',
             create_pr=create_pr, parent_commit=info.sha)
     except Exception as error:  # the client's own, and those of the two libraries that it sends requests with
         told = _remove(api, repo) if created else ''

@@ -218,6 +218,8 @@ def test_what_was_not_exported_is_not_sent(hub, folder, tmp_path):
     with pytest.raises(ValueError, match=r'holds notes\.txt, which was not exported'):
         prepare(folder, NAME)
     (folder / 'notes.txt').unlink()
+    (folder / '.gitattributes').write_text('')  # of a folder that came from the Hub
+    assert '.gitattributes' not in prepare(folder, NAME).files
     (folder / 'README.md').write_text('---\nlicense: [\n---\n')
     with pytest.raises(WeightsError, match='front matter cannot be read'):
         prepare(folder, NAME)
@@ -307,6 +309,19 @@ def test_a_broken_download_never_gives_other_weights(hub, published, folder, fau
         load(f'hf-hub:{NAME}')
     os.unlink(str(caught.value).rsplit(' ', 1)[-1])
     assert equal(load(f'hf-hub:{NAME}'), folder)
+
+
+def test_a_newer_commit_is_compared_too(hub, published, folder, tmp_path):
+    """With an older commit in the cache, the download of the newer one is compared with its hash."""
+    load(f'hf-hub:{NAME}')
+    other = export(make_model(seed=1), tmp_path / 'other', data_config={'input_size': (3, 64, 64)})
+    weights = (other / 'model.safetensors').read_bytes()
+    published.commit({**published.commits[-1][1], 'model.safetensors': weights})
+    hub.faults['GET', 'lfs/objects'] = ['other']
+    with pytest.raises(WeightsError, match='the copy in the cache is broken') as caught:
+        load(f'hf-hub:{NAME}')
+    os.unlink(str(caught.value).rsplit(' ', 1)[-1])
+    assert equal(load(f'hf-hub:{NAME}'), other)
 
 
 def _mutate(folder, number):
