@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,13 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from dreal_timm.hub import export_run
-    folder = export_run(args.source, args.directory, args.weights, args.half)
+    measure = None
+    if args.data:
+        from dreal_timm.train.validate import measure as measure_network
+        measure = partial(measure_network, data_dir=args.data, dataset=args.dataset, split=args.split)
+    folder = export_run(
+        args.source, args.directory, args.weights, args.half,
+        results=args.results, control=args.control, measure=measure)
     architecture = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['architecture']
     imports = 'import timm, dreal_timm' if architecture.startswith('dreal_') else 'import timm'
     print(f"exported {folder}\nload it with   {imports}; "
@@ -214,6 +221,11 @@ def _parser() -> argparse.ArgumentParser:
         '--weights', choices=('auto', 'ema', 'raw'), default='auto',
         help='moving average or not (auto: where there is one)')
     export.add_argument('--half', action='store_true', help='write float16 weights')
+    export.add_argument('--results', metavar='FILE', default='', help='for the card: what validate wrote of it')
+    export.add_argument('--control', metavar='FILE', default='', help='the same of the plain network')
+    export.add_argument('--data', metavar='DIR', default='', help='measure it here, in place of --results')
+    export.add_argument('--dataset', metavar='NAME', default='', help='kind/name as in a recipe (image folder)')
+    export.add_argument('--split', default='validation', help='split to measure on (validation)')
     export.set_defaults(function=_export)
 
     push = commands.add_parser('push', help='send an exported folder to the Hugging Face Hub')

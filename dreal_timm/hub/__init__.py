@@ -4,8 +4,10 @@ from dreal_timm.errors import WeightsError as WeightsError
 from .backbone import Backbone as Backbone
 from .backbone import load_backbone as load_backbone
 from .backbone import open_gates as open_gates
+from .card import write_card as write_card
 from .export import export as export
 from .loading import load as load
+from .results import weights_digest as weights_digest
 from .run import export_run as export_run
 from .upload import prepare as prepare
 from .upload import push as push

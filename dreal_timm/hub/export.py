@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from timm.models import get_model_input_config, save_for_hf
 from torch import nn
 
+from dreal_timm.hub.card import write_card
 from dreal_timm.hub.folder import SUMS, checksums
 from dreal_timm.models.dreal_resnet import timm_architecture
 
-__all__ = ['check_export', 'export']
+__all__ = ['check_export', 'export', 'halved']
 
 
 @torch.no_grad()
@@ -68,17 +69,17 @@ def _check_afresh(directory: Path, architecture: str) -> None:
         raise RuntimeError(f'The exported model does not repeat its logits in a fresh process: {reason}')
 
 
-def _halved(model: Any) -> Any:
-    """The network with weights in float16.
+def halved(model: Any) -> Any:
+    """Return the network with weights in float16.
 
     Raises:
         ValueError: A number is too large for it.
     """
-    halved = copy.deepcopy(model).half()
-    for name, tensor in halved.state_dict().items():
+    rounded = copy.deepcopy(model).half()
+    for name, tensor in rounded.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f'{name} holds numbers that float16 cannot hold: export float32.')
-    return halved
+    return rounded
 
 
 def _untie(model: nn.Module) -> None:
@@ -107,9 +108,10 @@ def export(
     """Export a plain network to a new folder that `timm.create_model('local-dir:...', pretrained=True)` loads.
 
     The folder holds `model.safetensors`, `config.json`, `test/rand_tensors.safetensors` (a random input with its
-    features and logits) and `SHA256SUMS`, which `sha256sum -c` reads. A network that is one of timm's under another
-    name (`dreal_se_resnet50` is `seresnet50`) is exported under timm's name, so that it loads without this package. The
-    folder is loaded again and its logits are compared before it appears under its name.
+    features and logits), the card `README.md` (see `write_card`) and `SHA256SUMS`, which `sha256sum -c` reads. A
+    network that is one of timm's under another name (`dreal_se_resnet50` is `seresnet50`) is exported under timm's
+    name, so that it loads without this package. The folder is loaded again and its logits are compared before it
+    appears under its name.
 
     Args:
         model: A timm model, with no wrapper around it.
@@ -123,7 +125,8 @@ def export(
     Raises:
         FileExistsError: The folder exists.
         TypeError: The model is not one that timm built.
-        ValueError: The model holds a critic, or numbers that float16 cannot hold.
+        ValueError: The model holds a critic, or numbers that float16 cannot hold; or results among `files` are of
+            other weights.
         RuntimeError: The exported folder does not repeat the model's logits.
     """
     directory = Path(directory)
@@ -140,7 +143,7 @@ def export(
     if label_names is None and known is not None and len(known) == plain.num_classes:
         label_names = known
     plain.pretrained_cfg = config
-    saved = _halved(plain) if half else plain
+    saved = halved(plain) if half else plain
     if half:
         plain = copy.deepcopy(saved).float()
     architecture = config['architecture']
@@ -167,11 +170,14 @@ def export(
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_bytes(content)
+        write_card(scratch)
         (scratch / SUMS).write_text(checksums(scratch), encoding='utf-8')
         if fresh_process:
             _check_afresh(scratch, model_config['pretrained_cfg']['architecture'])
         else:
             check_export(scratch)
+        for path in scratch.rglob('*'):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         scratch.chmod(0o755)
         os.replace(scratch, directory)
     finally:

@@ -1,15 +1,18 @@
 """`dreal-timm export`: a network out of a run, or of one of its checkpoints, as a folder for others"""
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import yaml
+from torch import nn
 
-from dreal_timm.hub.export import export
+from dreal_timm.hub.export import export, halved
 from dreal_timm.hub.loading import load, read_checkpoint
+from dreal_timm.hub.results import read_results, shared_settings, training_settings
 from dreal_timm.version import __version__
 
 __all__ = ['WEIGHTS', 'export_run']
@@ -46,9 +49,12 @@ def _training(run: Path, checkpoint: Mapping[str, Any], weights: str) -> dict[st
         },
     }
     files = {'training/checkpoint.json': (json.dumps(told, indent=2) + '\n').encode()}
-    for name in ('args.yaml', 'summary.csv'):
-        if (run / name).is_file():
-            files[f'training/{name}'] = (run / name).read_bytes()
+    settings = training_settings(run / 'model')
+    if settings:
+        text = yaml.safe_dump(shared_settings(settings), sort_keys=False)
+        files['training/args.yaml'] = text.encode()
+    if (run / 'summary.csv').is_file():
+        files['training/summary.csv'] = (run / 'summary.csv').read_bytes()
     return files
 
 
@@ -57,11 +63,16 @@ def export_run(
         directory: str | Path,
         weights: str = 'auto',
         half: bool = False,
+        *,
+        results: str | Path = '',
+        control: str | Path = '',
+        measure: Callable[[nn.Module], dict[str, Any]] | None = None,
 ) -> Path:
     """Export the network of a run, or of one of its checkpoints, with what is to be known of its training.
 
-    Beside what `export` writes, the folder has `training/`: the run's `args.yaml` and `summary.csv`, and
-    `checkpoint.json`, which names epoch, metric and versions. Before the folder appears it is loaded in a fresh
+    Beside what `export` writes, the folder has `training/`: the run's `args.yaml` (without paths of the
+    machine and arguments of trackers), `summary.csv`, `checkpoint.json`, which names epoch, metric and versions, and
+    the results that the card tells. Before the folder appears it is loaded in a fresh
     process, and its logits are compared.
 
     Args:
@@ -69,14 +80,21 @@ def export_run(
         directory: Folder to write.
         weights: 'raw', 'ema' (the moving average), or 'auto': the moving average where there is one.
         half: Write float16 weights.
+        results: File that `dreal-timm validate --results` wrote of these weights, for the card.
+        control: The same of the plain network that was trained with the same settings.
+        measure: Validates the network that is exported, in place of `results`, and with `half` the one before as well.
 
     Raises:
         FileExistsError: The folder exists.
         FileNotFoundError: No such run or checkpoint.
-        ValueError: The checkpoint is broken or of another network, or has no such weights.
+        ValueError: The checkpoint is broken or of another network, or has no such weights; the results are of other
+            weights, or the control is not one.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got '{weights}'.")
+    if results and measure is not None:
+        raise ValueError('Results are given, or measured: not both.')
+    measured = {name: read_results(file) for name, file in (('results', results), ('control', control)) if file}
     if Path(directory).exists():
         raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
     path = Path(source) / _BEST if Path(source).is_dir() else Path(source)
@@ -95,7 +113,19 @@ def export_run(
         raise ValueError(f"'{path}' does not fit the network in '{run / 'model'}': {reason}") from error
     config = model.pretrained_cfg
     taken = 'ema' if state is checkpoint.get('state_dict_ema') else 'raw'
+    files = _training(run, checkpoint, taken)
+    if measure is not None:
+        trained = training_settings(run / 'model')
+        exported = halved(model).float() if half else model
+        measured['results'] = {**measure(exported), 'training': trained}
+        if half:
+            measured['float32'] = {**measure(model), 'training': trained}
+    for name, told in measured.items():
+        told = {key: value for key, value in told.items() if key not in ('model', 'data')}  # paths of this machine
+        if told.get('training'):
+            told['training'] = shared_settings(told['training'])
+        files[f'training/{name}.json'] = (json.dumps(told, indent=2) + '\n').encode()
     return export(
         model, directory, data_config={key: config[key] for key in _DATA if key in config},
-        half=half, files=_training(run, checkpoint, taken), fresh_process=True,
+        half=half, files=files, fresh_process=True,
     )

@@ -18,6 +18,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from dreal_timm.hub import export
+from dreal_timm.hub.results import shared_settings
 from dreal_timm.train import build, datasets, loaders
 from dreal_timm.train.checkpoint import BEST, Checkpoints, write_text
 from dreal_timm.train.config import load_config, to_dict
@@ -188,7 +189,9 @@ def _export(run: Run) -> None:
     target = run.directory / 'model'
     if target.exists():  # a resumed run exports its own folder anew
         shutil.rmtree(target)
-    export(run.model, target, data_config=run.data, label_names=run.class_names)
+    settings = yaml.safe_dump(shared_settings(to_dict(run.config)), sort_keys=False).encode()
+    export(
+        run.model, target, data_config=run.data, label_names=run.class_names, files={'training/args.yaml': settings})
 
 
 def describe(results: Mapping[str, Any]) -> str:

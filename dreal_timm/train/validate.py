@@ -2,15 +2,20 @@
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
+from torch import nn
 
+from dreal_timm.hub import results
 from dreal_timm.hub.loading import load
+from dreal_timm.models.dreal_resnet import timm_architecture
 from dreal_timm.train import datasets, loaders
 from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
+from dreal_timm.version import __version__
 
-__all__ = ['validate']
+__all__ = ['measure', 'validate']
 
 
 def validate(
@@ -36,19 +41,46 @@ def validate(
         device: Device; None takes an accelerator where there is one.
 
     Returns:
-        Dictionary with 'model', 'data', 'split', 'samples', 'loss', 'top1' and 'top5' (percent).
+        Dictionary with 'model', 'data', 'dataset', 'split', 'samples', 'loss', 'top1' and 'top5' (percent),
+        'architecture', 'preprocessing', 'versions', 'weights_sha256' (see `dreal_timm.hub.weights_digest`), and
+        'training', the settings that the network was trained with, where its folder tells them.
 
     Raises:
         FileNotFoundError: The folder, the data or the checkpoint is missing.
         ValueError: No such model, or it has no weights, or they do not fit.
     """
     network: Any = load(model, checkpoint)
+    found = measure(network, data_dir, dataset, split, batch_size, workers, device)
+    training = results.training_settings(Path(model)) if Path(model).is_dir() and not checkpoint else None
+    return {'model': model, **found, 'training': training}
+
+
+def measure(
+        network: nn.Module,
+        data_dir: str | Path,
+        dataset: str = '',
+        split: str = 'validation',
+        batch_size: int = 128,
+        workers: int = 2,
+        device: str | None = None,
+) -> dict[str, Any]:
+    """The same of a network that is built already; arguments and results are those of `validate`."""
     settings = dict(
         data_dir=str(data_dir), dataset=dataset, val_split=split, batch_size=batch_size, workers=workers)
     config = load_config(settings)
     target = Accelerator(cpu=device == 'cpu').device if device in (None, 'cpu') else torch.device(device)
-    data = datasets.data_config(config, network)
-    val_set = datasets.build_dataset(config, split, data['input_size'][0], False, network.num_classes)
+    model: Any = network
+    data = datasets.data_config(config, model)
+    val_set = datasets.build_dataset(config, split, data['input_size'][0], False, model.num_classes)
     loader = loaders.build_loader(config, val_set, data, target, is_training=False)
-    metrics = evaluate(network.to(target), loader, target)
-    return {'model': model, 'data': str(data_dir), 'split': split, 'samples': len(val_set), **metrics}
+    digest = results.weights_digest(model.state_dict())
+    metrics = evaluate(model.to(target).eval(), loader, target)
+    architecture = model.pretrained_cfg['architecture']
+    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    return {
+        'data': str(data_dir), 'dataset': dataset, 'split': split, 'samples': len(val_set), **metrics,
+        'architecture': timm_architecture(architecture) or architecture,
+        'weights_sha256': digest,
+        'preprocessing': {key: data[key] for key in keys if key in data},
+        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__},
+    }

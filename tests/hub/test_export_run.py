@@ -7,6 +7,7 @@ import sys
 import pytest
 import timm
 import torch
+import yaml
 from conftest import make_model
 from safetensors.torch import load_file
 from small_run import recipe, write_images
@@ -48,8 +49,11 @@ def test_weights_by_choice(finished, tmp_path, weights, key, capsys):
     assert (told['epoch'], told['seed']) == (checkpoint['epoch'], 42)
     assert told['weights'] == ('raw' if weights == 'raw' else 'ema')
     assert told['exported_with']['timm'] == timm.__version__
-    for name in ('args.yaml', 'summary.csv'):
-        assert (tmp_path / 'out' / 'training' / name).read_bytes() == (finished / name).read_bytes()
+    training = tmp_path / 'out' / 'training'
+    assert (training / 'summary.csv').read_bytes() == (finished / 'summary.csv').read_bytes()
+    settings, shared = (yaml.safe_load((folder / 'args.yaml').read_text()) for folder in (finished, training))
+    assert settings.items() >= shared.items()
+    assert settings.keys() - shared.keys() >= {'data_dir', 'output', 'log_kwargs'}  # of the machine
 
 
 def test_it_is_the_runs_own_export(finished, tmp_path):
@@ -101,7 +105,7 @@ def test_checksums(finished, tmp_path):
     lines = (tmp_path / 'out' / 'SHA256SUMS').read_text().splitlines()
     files = {line[66:]: line[:64] for line in lines}
     present = {p.relative_to(tmp_path / 'out').as_posix() for p in (tmp_path / 'out').rglob('*') if p.is_file()}
-    assert set(files) == present - {'SHA256SUMS'}
+    assert set(files) == present - {'SHA256SUMS', 'README.md'}  # a card may be edited
     assert all(hashlib.sha256((tmp_path / 'out' / n).read_bytes()).hexdigest() == digest for n, digest in files.items())
 
 

@@ -1,0 +1,171 @@
+"""The model card of an exported folder, from what the folder holds
+
+A number stands in a card only if `training/results.json` has it, which `dreal-timm validate` wrote of these weights.
+"""
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from safetensors.torch import load_file
+from timm.models import get_model_input_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from dreal_timm.hub.results import check_control, read_results, training_settings, weights_digest
+
+__all__ = ['write_card']
+
+_SETTINGS = (
+    'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched', 'warmup_epochs', 'smoothing', 'mixup',
+    'cutmix', 'aa', 'model_ema', 'amp', 'seed', 'pretrained')
+_REINFORCED = ('probe', 'probe_every', 'actor_weight', 'gamma', 'rotate', 'backbone')
+# title, id on the Hub and licence of data sets that are known
+_DATA = {
+    'torch/fashion_mnist': ('Fashion-MNIST', 'zalando-datasets/fashion_mnist', 'MIT'),
+    'torch/imagenet': ('ImageNet-1k', 'ILSVRC/imagenet-1k', 'non-commercial research, terms of image-net.org'),
+    'hfds/imagenet-1k': ('ImageNet-1k', 'ILSVRC/imagenet-1k', 'non-commercial research, terms of image-net.org'),
+    'hfds/ILSVRC/imagenet-1k': ('ImageNet-1k', 'ILSVRC/imagenet-1k', 'non-commercial research, terms of image-net.org'),
+}
+_PASSES = {
+    'exact': 'one counterfactual pass for each group of attention sites',
+    'split': 'one counterfactual pass from the first probed site on, each sample for one group of sites',
+    'taylor': 'no counterfactual pass: rewards are measured to first order in the backward pass',
+}
+
+
+def _template() -> Path:
+    package = Path(__file__).parent.parent
+    installed = package / 'hub_cards' / 'template.md'  # in a wheel
+    return installed if installed.is_file() else package.parent / 'hub_cards' / 'template.md'  # in a checkout
+
+
+def _data(name: str) -> tuple[str, str, str]:
+    known = _DATA.get(name)
+    if known:
+        return known
+    kind, _, rest = name.partition('/')
+    return (rest or 'images of its own', rest if kind in ('hfds', 'hfids') else '', 'not recorded')
+
+
+def _network(directory: Path) -> tuple[int, float, list[int]]:
+    """Parameters, GMACs and size of the input."""
+    with torch.device('meta'):
+        model = timm.create_model(f'local-dir:{directory}', pretrained=False).eval()
+        size = list(get_model_input_config(model)['input_size'])
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, *size))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9, size
+
+
+def _title(architecture: str, reinforced: bool | None, data: str) -> str:
+    match = re.fullmatch('(?:dreal_)?(se|cbam|srm)_?resnet([0-9]+)', architecture)
+    name = f'{match[1].upper()}-ResNet-{match[2]}' if match else architecture
+    return f"{name}{', reinforced' if reinforced else ''}{f', {data}' if data else ''}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+
+
+def _rows(results: Mapping[str, Any], control: Mapping[str, Any]) -> list[dict[str, str]]:
+    named = [('this network', results), ('plain, the same settings', control)]
+    return [
+        {'name': name, 'top1': f"{told['top1']:.2f}", 'top5': f"{told['top5']:.2f}", 'loss': f"{told['loss']:.4f}"}
+        for name, told in named if told]
+
+
+def _notes(results: Mapping[str, Any], control: Mapping[str, Any], float32: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if float32:
+        change = results['top1'] - float32['top1']
+        lines.append(f"In float32, before the weights were rounded: {float32['top1']:.2f} top-1 ({change:+.2f} since).")
+    if control:
+        error = 100 * sum(r['top1'] / 100 * (1 - r['top1'] / 100) / r['samples'] for r in (results, control)) ** 0.5
+        lines.append(
+            f"This network less the plain one: {results['top1'] - control['top1']:+.2f} points of top-1; the standard "
+            f'error of such a difference, from the number of images alone, is at most {error:.2f}.')
+    versions = results.get('versions')
+    if versions:
+        lines.append(f"Measured with {', '.join(f'{name} {number}' for name, number in versions.items())}.")
+    return lines
+
+
+def write_card(directory: str | Path) -> None:
+    """Write `README.md`, and `.eval_results/` where the data set is known to the Hub, from what a folder holds.
+
+    Read are `config.json`, the weights, and where they exist `training/args.yaml`, `training/checkpoint.json`, and
+    of `dreal-timm validate --results` `training/results.json`, `training/control.json` (the plain network of the same
+    settings) and `training/float32.json` (before the weights were rounded to float16).
+
+    Args:
+        directory: The folder, which `dreal_timm.hub.export` writes.
+
+    Raises:
+        ValueError: Results are of other weights, or the control is none.
+    """
+    directory = Path(directory)
+    training = directory / 'training'
+    config, checkpoint = _read(directory / 'config.json'), _read(training / 'checkpoint.json')
+    state = load_file(directory / 'model.safetensors')
+    results = read_results(training / 'results.json') if (training / 'results.json').is_file() else {}
+    if results and results['weights_sha256'] != weights_digest(state):
+        raise ValueError('The results are of other weights: validate the network that is exported.')
+    control = read_results(training / 'control.json') if (training / 'control.json').is_file() else {}
+    if control:
+        if not results:
+            raise ValueError('A control needs results of the network to stand beside.')
+        check_control(results, control)
+    settings = training_settings(directory) or {}
+    dreal = settings.get('dreal') or {}
+    reinforced = bool(dreal.get('enabled', True)) if settings else None
+    name = results.get('dataset') or settings.get('dataset') or ''
+    data, data_id, data_license = _data(name) if settings or results else ('', '', 'not recorded')
+    parameters, gmacs, size = _network(directory)
+    architecture = config['architecture']
+    title = _title(architecture, reinforced, data)
+    told = [(key, settings[key]) for key in _SETTINGS if settings.get(key) not in (None, '', False)]
+    if reinforced:
+        told += [(f'dreal.{key}', dreal[key]) for key in _REINFORCED if dreal.get(key) not in (None, '')]
+    weights = {'ema': 'a moving average of the training\'s weights', 'raw': 'the weights themselves'}
+    epoch = checkpoint.get('epoch')
+    front = ModelCardData(
+        library_name='timm', license=(config.get('pretrained_cfg') or {}).get('license') or 'apache-2.0',
+        pipeline_tag='image-classification', tags=['image-classification', 'timm', 'dreal'],
+        datasets=[data_id] if data_id else None,
+        model_name=title if results else None,
+        eval_results=[
+            EvalResult(
+                'image-classification', data_id or name or 'imagefolder', data, key, results[key],
+                metric_name=metric, dataset_split=results['split'],
+                task_name='Image classification')
+            for key, metric in (('top1', 'top-1 accuracy (%)'), ('top5', 'top-5 accuracy (%)'))] if results else None,
+    )
+    card = ModelCard.from_template(
+        front, template_str=_template().read_text(encoding='utf-8'),
+        title=title, kind=_title(architecture, None, ''), classes=config['num_classes'],
+        dataset=data, reinforced=reinforced, architecture=architecture, parameters=f'{parameters:,}',
+        gmacs=f'{gmacs:.3f}', input=' x '.join(map(str, size)), mode='L' if size[0] == 1 else 'RGB',
+        dtype=str(next(t for t in state.values() if t.is_floating_point()).dtype).removeprefix('torch.'),
+        data_license=data_license, rows=_rows(results, control) if results else [],
+        data_line=f"{results['samples']:,} images of the split '{results['split']}' of {data}." if results else '',
+        notes=_notes(results, control, _read(training / 'float32.json')) if results else [],
+        control=bool(control), settings=told, summary=(training / 'summary.csv').is_file(),
+        extra_import=', dreal_timm' if architecture.startswith('dreal_') else '',
+        weights_line='' if epoch is None else
+        f"These are {weights[checkpoint['weights']]} after epoch {epoch + 1}, the checkpoint that was exported.",
+        cost_line=f"What a step costs beyond plain training: {_PASSES.get(str(dreal.get('probe')), 'the probe')}, and "
+        'the critic. Wall time was not recorded.',
+    )
+    (directory / 'README.md').write_text(re.sub('\n{3,}', '\n\n', str(card)).rstrip() + '\n', encoding='utf-8')
+    if results and data_id:
+        folder = directory / '.eval_results'
+        folder.mkdir(exist_ok=True)
+        entries = eval_result_entries_to_yaml([EvalResultEntry(
+            data_id, 'top1', results['top1'], notes=f"split {results['split']}, {results['samples']} images")])
+        target = folder / f"{data_id.replace('/', '_')}.yaml"
+        target.write_text(yaml.safe_dump(entries, sort_keys=False), encoding='utf-8')

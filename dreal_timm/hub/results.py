@@ -1,0 +1,90 @@
+"""Results of a validation: bound to the weights that they were measured with by a hash"""
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+__all__ = ['check_control', 'read_results', 'shared_settings', 'training_settings', 'weights_digest']
+
+_KEYS = {
+    'architecture': str, 'weights_sha256': str, 'dataset': str, 'split': str, 'samples': int,
+    'loss': float, 'top1': float, 'top5': float,
+}
+# settings that two runs of one recipe may differ in
+_FREE = (
+    'dreal', 'output', 'experiment', 'resume', 'stop_epoch', 'log_with', 'log_kwargs', 'log_interval', 'data_dir',
+    'workers', 'pin_mem', 'device', 'checkpoint_hist', 'save_epochs', 'class_map')
+_PRIVATE = (
+    'data_dir', 'output', 'resume', 'initial_checkpoint', 'pretrained_path', 'class_map', 'log_with', 'log_kwargs')
+
+
+def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Return a SHA-256 of names, shapes and numbers of a state dict, the same for a file and for the network loaded.
+
+    Args:
+        state: Tensors by name. Floating-point numbers count as float32, which float16 weights are loaded as.
+    """
+    found = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu()
+        tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+        found.update(f'{name} {list(tensor.shape)} {tensor.dtype}\n'.encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """Return what `dreal-timm validate --results` wrote.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It is none of these.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"'{path}' is no JSON ({error}).") from error
+    for key, kind in _KEYS.items():
+        if not isinstance(results, dict) or not isinstance(results.get(key), kind):
+            raise ValueError(f"'{path}' has no '{key}': write it with dreal-timm validate --results.")
+    return results
+
+
+def training_settings(directory: Path) -> dict[str, Any] | None:
+    """Return the settings (`args.yaml`) that the network of an exported folder was trained with, where they are known.
+
+    Args:
+        directory: An exported folder, or `model/` of a run.
+    """
+    for path in (directory / 'training' / 'args.yaml', *(
+        [directory.parent / 'args.yaml'] if directory.resolve().name == 'model' else []
+    )):
+        if path.is_file():
+            settings = yaml.safe_load(path.read_text(encoding='utf-8'))
+            return settings if isinstance(settings, dict) else None
+    return None
+
+
+def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a training without the paths of the machine and the arguments of its trackers."""
+    return {key: value for key, value in settings.items() if key not in _PRIVATE}
+
+
+def check_control(results: Mapping[str, Any], control: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a control is not the plain network of the same settings, measured on the same images."""
+    for key in ('architecture', 'dataset', 'split', 'samples'):
+        if results[key] != control[key]:
+            raise ValueError(f"control: its {key} is {control[key]!r}, but {results[key]!r} is that of the network.")
+    trained, plain = results.get('training'), control.get('training')
+    if not trained or not plain:
+        raise ValueError('control: results tell of no training settings: validate the folders that the runs exported.')
+    if plain.get('dreal', {}).get('enabled', True):
+        raise ValueError('control: it was reinforced too: train it with dreal.enabled=false.')
+    for key in sorted(trained.keys() | plain.keys()):
+        if key not in _FREE and trained.get(key) != plain.get(key):
+            raise ValueError(
+                f"control: it was trained with {key} {plain.get(key)!r}, and not {trained.get(key)!r} as the network.")
