@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 def wheel(tmp_path_factory):
     """A wheel, built from a copy of the checkout."""
     folder = tmp_path_factory.mktemp('wheel')
-    for name in ('dreal_timm', 'recipes'):
+    for name in ('dreal_timm', 'hub_cards', 'recipes'):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('pyproject.toml', 'setup.cfg', 'README.md', 'LICENSE'):
         shutil.copy(ROOT / name, folder)
@@ -33,7 +33,7 @@ def test_contents(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / 'dreal_timm').rglob('*.py')}
     recipes = {f'dreal_timm/recipes/{path.name}' for path in (ROOT / 'recipes').glob('*.yaml')}
     assert recipes
-    assert modules | recipes | {'dreal_timm/py.typed'} <= names
+    assert modules | recipes | {'dreal_timm/py.typed', 'dreal_timm/hub_cards/template.md'} <= names
     assert any(name.endswith('licenses/LICENSE') for name in names)
     assert not any('tests' in name for name in names)
 
