@@ -5,6 +5,7 @@ from .backbone import Backbone as Backbone
 from .backbone import load_backbone as load_backbone
 from .backbone import open_gates as open_gates
 from .card import write_card as write_card
+from .export import describe_network as describe_network
 from .export import export as export
 from .loading import load as load
 from .results import weights_digest as weights_digest

@@ -4,6 +4,7 @@ A number stands in a card only if `training/results.json` has it, which `dreal-t
 """
 import json
 import re
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from timm.models import get_model_input_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreal_timm.hub.results import check_control, read_results, training_settings, weights_digest
+from dreal_timm.hub.results import check_control, read_results, training_record, training_settings, weights_digest
 
 __all__ = ['write_card']
 
@@ -95,12 +96,35 @@ def _notes(results: Mapping[str, Any], control: Mapping[str, Any], float32: Mapp
     return lines
 
 
+def _seconds(record: Any) -> dict[str, list[float]]:
+    """Seconds of epochs by the device they were trained on."""
+    found: dict[str, list[float]] = {}
+    for row in (record or {}).get('epochs', ()):
+        found.setdefault(str(row['device']), []).append(float(row['seconds']))
+    return found
+
+
+def _cost(probe: Any, record: Any, control: Any) -> str:
+    """What the training cost, beside the plain network's where both were timed on one device."""
+    line = f"What a step costs beyond plain training: {_PASSES.get(str(probe), 'the probe')}, and the critic. "
+    own, plain = _seconds(record), _seconds(control)
+    if not own:
+        return line + 'Wall time was not recorded.'
+    device = max(own, key=lambda name: (name in plain, len(own[name])))
+    median = statistics.median(own[device])
+    line += f'The steps of an epoch took {median:,.1f} s (median of {len(own[device])} epochs, {device})'
+    if device not in plain:
+        return line + '.'
+    other = statistics.median(plain[device])
+    return line + f', and {other:,.1f} s of the plain network, on a device of that name: {median / other:.2f} times.'
+
+
 def write_card(directory: str | Path) -> None:
     """Write `README.md`, and `.eval_results/` where the data set is known to the Hub, from what a folder holds.
 
-    Read are `config.json`, the weights, and where they exist `training/args.yaml`, `training/checkpoint.json`, and
-    of `dreal-timm validate --results` `training/results.json`, `training/control.json` (the plain network of the same
-    settings) and `training/float32.json` (before the weights were rounded to float16).
+    Read are `config.json`, the weights, and where they exist `training/args.yaml`, `training/checkpoint.json`,
+    `training/run.json`, and of `dreal-timm validate --results` `training/results.json`, `training/control.json` (the
+    plain network of the same settings) and `training/float32.json` (before the weights were rounded to float16).
 
     Args:
         directory: The folder, which `dreal_timm.hub.export` writes.
@@ -158,8 +182,7 @@ def write_card(directory: str | Path) -> None:
         extra_import=', dreal_timm' if architecture.startswith('dreal_') else '',
         weights_line='' if epoch is None else
         f"These are {weights[checkpoint['weights']]} after epoch {epoch + 1}, the checkpoint that was exported.",
-        cost_line=f"What a step costs beyond plain training: {_PASSES.get(str(dreal.get('probe')), 'the probe')}, and "
-        'the critic. Wall time was not recorded.',
+        cost_line=_cost(dreal.get('probe'), training_record(directory), control.get('run')),
     )
     (directory / 'README.md').write_text(re.sub('\n{3,}', '\n\n', str(card)).rstrip() + '\n', encoding='utf-8')
     if results and data_id:

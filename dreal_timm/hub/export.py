@@ -1,5 +1,6 @@
 """Export of a trained network as a folder in the layout of the Hugging Face Hub, which timm loads"""
 import copy
+import json
 import os
 import shutil
 import subprocess
@@ -13,13 +14,14 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import get_model_input_config, save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from dreal_timm.hub.card import write_card
 from dreal_timm.hub.folder import SUMS, checksums
 from dreal_timm.models.dreal_resnet import timm_architecture
 
-__all__ = ['check_export', 'export', 'halved']
+__all__ = ['check_export', 'describe_network', 'export', 'halved']
 
 
 @torch.no_grad()
@@ -95,6 +97,40 @@ def _untie(model: nn.Module) -> None:
                 seen.add(tensor.data_ptr())
 
 
+def _describe(model: Any, label_names: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The network's config without names of classes, and what is exported in place of or beside its entries."""
+    config = dict(model.pretrained_cfg)
+    known = config.pop('label_names', None)  # of a network that was exported before; timm writes them beside its config
+    if label_names is None and known is not None and len(known) == model.num_classes:
+        label_names = known
+    architecture = config['architecture']
+    changes: dict[str, Any] = {
+        # the config of the weights that it started from says what these are not
+        'pretrained_cfg': {
+            'architecture': timm_architecture(architecture) or architecture, 'tag': None, 'description': None,
+            'origin_url': None, 'paper_ids': None,
+        },
+    }
+    if label_names is not None:
+        changes['label_names'] = list(label_names)
+    return config, changes
+
+
+def describe_network(
+        model: nn.Module,
+        data_config: Mapping[str, Any] | None = None,
+        label_names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Return the `config.json` that `export` would write, from which timm builds the network; arguments are its."""
+    described: Any = copy.copy(model)
+    described.pretrained_cfg, changes = _describe(model, label_names)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / 'config.json'
+        save_config_for_hf(
+            described, str(path), model_config=changes, data_config=None if data_config is None else dict(data_config))
+        return json.loads(path.read_text(encoding='utf-8'))
+
+
 def export(
         model: nn.Module,
         directory: str | Path,
@@ -138,24 +174,10 @@ def export(
         raise ValueError('The model holds a critic: pass the plain network, task.get_eval_model().')
     plain: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
     _untie(plain)
-    config = dict(plain.pretrained_cfg)
-    known = config.pop('label_names', None)  # of a network that was exported before; timm writes them beside its config
-    if label_names is None and known is not None and len(known) == plain.num_classes:
-        label_names = known
-    plain.pretrained_cfg = config
+    plain.pretrained_cfg, model_config = _describe(plain, label_names)
     saved = halved(plain) if half else plain
     if half:
         plain = copy.deepcopy(saved).float()
-    architecture = config['architecture']
-    model_config: dict[str, Any] = {
-        # the config of the weights that it started from says what these are not
-        'pretrained_cfg': {
-            'architecture': timm_architecture(architecture) or architecture, 'tag': None, 'description': None,
-            'origin_url': None, 'paper_ids': None,
-        },
-    }
-    if label_names is not None:
-        model_config['label_names'] = list(label_names)
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f'.{directory.name}-'))

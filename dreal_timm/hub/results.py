@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-__all__ = ['check_control', 'read_results', 'shared_settings', 'training_settings', 'weights_digest']
+__all__ = ['check_control', 'read_results', 'shared_settings', 'training_record', 'training_settings', 'weights_digest']
 
 _KEYS = {
     'architecture': str, 'weights_sha256': str, 'dataset': str, 'split': str, 'samples': int,
@@ -58,15 +58,26 @@ def training_settings(directory: Path) -> dict[str, Any] | None:
     """Return the settings (`args.yaml`) that the network of an exported folder was trained with, where they are known.
 
     Args:
-        directory: An exported folder, or `model/` of a run.
+        directory: An exported folder.
     """
-    for path in (directory / 'training' / 'args.yaml', *(
-        [directory.parent / 'args.yaml'] if directory.resolve().name == 'model' else []
-    )):
-        if path.is_file():
-            settings = yaml.safe_load(path.read_text(encoding='utf-8'))
-            return settings if isinstance(settings, dict) else None
-    return None
+    path = directory / 'training' / 'args.yaml'
+    if not path.is_file():
+        return None
+    settings = yaml.safe_load(path.read_text(encoding='utf-8'))
+    return settings if isinstance(settings, dict) else None
+
+
+def training_record(directory: Path) -> dict[str, Any] | None:
+    """Return what the training was made with and how long its epochs took (`run.json`), where it is known.
+
+    Args:
+        directory: An exported folder.
+    """
+    path = directory / 'training' / 'run.json'
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding='utf-8'))
+    return record if isinstance(record, dict) else None
 
 
 def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

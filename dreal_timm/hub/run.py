@@ -1,6 +1,7 @@
 """`dreal-timm export`: a network out of a run, or of one of its checkpoints, as a folder for others"""
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import yaml
 from torch import nn
 
 from dreal_timm.hub.export import export, halved
-from dreal_timm.hub.loading import load, read_checkpoint
-from dreal_timm.hub.results import read_results, shared_settings, training_settings
+from dreal_timm.hub.loading import read_checkpoint
+from dreal_timm.hub.results import read_results, shared_settings
 from dreal_timm.version import __version__
 
-__all__ = ['WEIGHTS', 'export_run']
+__all__ = ['NETWORK', 'WEIGHTS', 'export_run']
 
+NETWORK = 'network.json'  # config.json of the network that a run trains
 WEIGHTS = ('auto', 'ema', 'raw')
 _BEST = 'model_best.pth.tar'
 _DATA = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
@@ -36,7 +38,12 @@ def _state(checkpoint: Any, path: Path, weights: str) -> Mapping[str, torch.Tens
     return state
 
 
-def _training(run: Path, checkpoint: Mapping[str, Any], weights: str) -> dict[str, bytes]:
+def _training(
+        run: Path,
+        checkpoint: Mapping[str, Any],
+        weights: str,
+        settings: Mapping[str, Any] | None,
+) -> dict[str, bytes]:
     """What is told of the training: its settings, its epochs, and which weights these are."""
     told = {
         'epoch': checkpoint.get('epoch'),
@@ -49,13 +56,25 @@ def _training(run: Path, checkpoint: Mapping[str, Any], weights: str) -> dict[st
         },
     }
     files = {'training/checkpoint.json': (json.dumps(told, indent=2) + '\n').encode()}
-    settings = training_settings(run / 'model')
     if settings:
-        text = yaml.safe_dump(shared_settings(settings), sort_keys=False)
-        files['training/args.yaml'] = text.encode()
-    if (run / 'summary.csv').is_file():
-        files['training/summary.csv'] = (run / 'summary.csv').read_bytes()
+        files['training/args.yaml'] = yaml.safe_dump(shared_settings(settings), sort_keys=False).encode()
+    for name in ('run.json', 'summary.csv'):
+        if (run / name).is_file():
+            files[f'training/{name}'] = (run / name).read_bytes()
     return files
+
+
+def _build(run: Path) -> Any:
+    """The network that a run trains, without weights."""
+    if not (run / NETWORK).is_file():
+        raise FileNotFoundError(f"'{run}' has no {NETWORK}, which a run writes when it starts: it is no folder of one.")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / 'config.json').write_bytes((run / NETWORK).read_bytes())
+        try:
+            return timm.create_model(f'local-dir:{folder}', pretrained=False)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise ValueError(f"'{run / NETWORK}' describes no network ({reason}).") from error
 
 
 def export_run(
@@ -71,8 +90,9 @@ def export_run(
     """Export the network of a run, or of one of its checkpoints, with what is to be known of its training.
 
     Beside what `export` writes, the folder has `training/`: the run's `args.yaml` (without paths of the
-    machine and arguments of trackers), `summary.csv`, `checkpoint.json`, which names epoch, metric and versions, and
-    the results that the card tells. Before the folder appears it is loaded in a fresh
+    machine and arguments of trackers), `summary.csv`, `run.json` (versions, the commit of a checkout, the time of each
+    epoch), `checkpoint.json` (epoch, metric, seed, versions), and the results that the card tells. The run need not
+    have ended. Before the folder appears it is loaded in a fresh
     process, and its logits are compared.
 
     Args:
@@ -101,21 +121,21 @@ def export_run(
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint '{path}'.")
     run = path.parent
-    if not (run / 'model' / 'config.json').is_file():
-        raise FileNotFoundError(f"'{run}' has no model/config.json, which a run writes when it ends: let it end first.")
     checkpoint = read_checkpoint(path)
     state = _state(checkpoint, path, weights)
-    model: Any = load(str(run / 'model'))
+    model = _build(run)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f"'{path}' does not fit the network in '{run / 'model'}': {reason}") from error
+        raise ValueError(f"'{path}' does not fit the network of '{run / NETWORK}': {reason}") from error
     config = model.pretrained_cfg
     taken = 'ema' if state is checkpoint.get('state_dict_ema') else 'raw'
-    files = _training(run, checkpoint, taken)
+    trained = None
+    if (run / 'args.yaml').is_file():
+        trained = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
+    files = _training(run, checkpoint, taken, trained)
     if measure is not None:
-        trained = training_settings(run / 'model')
         exported = halved(model).float() if half else model
         measured['results'] = {**measure(exported), 'training': trained}
         if half:

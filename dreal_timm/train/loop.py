@@ -1,6 +1,7 @@
 """The train loop: Accelerate launches and places, timm builds, the task learns"""
 import logging
 import math
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from dreal_timm.train.evaluate import evaluate
 from dreal_timm.train.finite import FiniteWatch
 from dreal_timm.train.loaders import set_epoch
 from dreal_timm.train.progress import Meter, Progress
+from dreal_timm.train.record import Record
 from dreal_timm.train.resume import scheduler_state
 from dreal_timm.train.trackers import track
 
@@ -47,6 +49,7 @@ class Run:
         class_names: Names of the classes, where the data set knows them.
         directory: Folder of the run.
         checkpoints: Its checkpoints.
+        record: What it was made with, and the time of its epochs.
         mixup: timm's mixup, or None.
         frozen_norms: Batch norms that stay in evaluation mode.
         start_epoch: Number of the first epoch, from 0.
@@ -65,6 +68,7 @@ class Run:
     class_names: list[str] | None
     directory: Path
     checkpoints: Checkpoints
+    record: Record
     mixup: Any = None
     frozen_norms: Sequence[nn.Module] = ()
     start_epoch: int = 0
@@ -216,6 +220,7 @@ def _save(run: Run, epoch: int, metric: float) -> None:
     }
     run.checkpoints.save(state, epoch, metric, milestone=epoch + 1 in (run.config.save_epochs or ()))
     write_summary(run.directory / 'summary.csv', run.history)
+    run.record.write(run.directory)
 
 
 def _tell(run: Run, epoch: int, metrics: dict[str, dict[str, float]], train: dict[str, float]) -> None:
@@ -241,7 +246,9 @@ def fit(run: Run) -> None:
         random_seed((config.seed + 1_000_003 * (epoch + 1)) % 2**31, accelerator.process_index)
         set_epoch(config, run.train_loader, run.mixup, epoch)
         lr = run.lr
+        started = time.perf_counter()
         train = train_one_epoch(run, epoch)
+        run.record.add(epoch, time.perf_counter() - started)
         _join_norms(run)
         entry: dict[str, Any] = {'epoch': epoch, 'lr': lr, 'train': train}
         run.history.append(entry)

@@ -17,13 +17,15 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import random_seed
 from torch import nn
 
-from dreal_timm.hub import export
+from dreal_timm.hub import describe_network, export
 from dreal_timm.hub.results import shared_settings
+from dreal_timm.hub.run import NETWORK
 from dreal_timm.train import build, datasets, loaders
-from dreal_timm.train.checkpoint import BEST, Checkpoints, write_text
+from dreal_timm.train.checkpoint import BEST, Checkpoints, write_summary, write_text
 from dreal_timm.train.config import load_config, to_dict
 from dreal_timm.train.launch import launch, run_directory
 from dreal_timm.train.loop import Run, fit
+from dreal_timm.train.record import RECORD, Record
 from dreal_timm.train.resume import is_last_of, load_checkpoint, restore, restore_scheduler, resume_path
 from dreal_timm.train.trackers import check_trackers, start_trackers
 
@@ -112,6 +114,7 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, path: Path | None, check
         run.history = [entry for entry in checkpoint.get('history', []) if entry['epoch'] < run.start_epoch]
         if is_main and is_last_of(path, run.directory):
             run.checkpoints.load_state_dict(checkpoint['saver'], run.start_epoch)
+            run.record.load(run.directory, run.start_epoch)
     if run.scheduler is None:
         for group in optimizer.param_groups:
             group['lr'] = config.lr * group.get('lr_scale', 1.0)
@@ -163,7 +166,8 @@ def set_up(config: SimpleNamespace) -> Run:
         config=config, accelerator=accelerator, model=model, data=data, task=task, optimizer=optimizer,
         scheduler=None, epochs=config.epochs, train_loader=train_loader, val_loader=val_loader,
         class_names=datasets.class_names(train_set), directory=directory,
-        checkpoints=Checkpoints(directory, config.checkpoint_hist, decreasing), mixup=mixup, frozen_norms=frozen,
+        checkpoints=Checkpoints(directory, config.checkpoint_hist, decreasing), record=Record(device, processes),
+        mixup=mixup, frozen_norms=frozen,
     )
     run.scheduler, run.epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(config, decreasing_metric=decreasing), updates_per_epoch=run.updates_per_epoch)
@@ -189,9 +193,16 @@ def _export(run: Run) -> None:
     target = run.directory / 'model'
     if target.exists():  # a resumed run exports its own folder anew
         shutil.rmtree(target)
+    # a run that was killed after its last checkpoint comes here without an epoch
+    write_summary(run.directory / 'summary.csv', run.history)
+    run.record.write(run.directory)
     settings = yaml.safe_dump(shared_settings(to_dict(run.config)), sort_keys=False).encode()
-    export(
-        run.model, target, data_config=run.data, label_names=run.class_names, files={'training/args.yaml': settings})
+    files = {
+        'training/args.yaml': settings,
+        'training/run.json': (run.directory / RECORD).read_bytes(),
+        'training/summary.csv': (run.directory / 'summary.csv').read_bytes(),
+    }
+    export(run.model, target, data_config=run.data, label_names=run.class_names, files=files)
 
 
 def describe(results: Mapping[str, Any]) -> str:
@@ -212,7 +223,8 @@ def run(
 ) -> dict[str, Any]:
     """Train a network as a recipe says, and export the best epoch without its critic.
 
-    The run's folder holds `args.yaml`, `summary.csv`, checkpoints (`last.pth.tar`, `model_best.pth.tar`, the best
+    The run's folder holds `args.yaml`, `summary.csv`, `run.json` (versions, the commit of a checkout, the time of each
+    epoch), `network.json` (timm's config of the network), checkpoints (`last.pth.tar`, `model_best.pth.tar`, the best
     `checkpoint-EPOCH.pth.tar`, and `milestone-N.pth.tar` where `save_epochs` asks for them) and `model/`, which
     `timm.create_model('local-dir:.../model', pretrained=True)` loads.
 
@@ -242,6 +254,8 @@ def run(
     if is_main:
         directory.mkdir(parents=True, exist_ok=True)
         state.checkpoints.clean()
+        network = describe_network(state.model, state.data, state.class_names)
+        write_text(directory / NETWORK, json.dumps(network, indent=2) + '\n')
         write_text(directory / 'args.yaml', yaml.safe_dump(to_dict(state.config), sort_keys=False))
     start_trackers(
         accelerator, directory, to_dict(state.config), state.config.log_kwargs,

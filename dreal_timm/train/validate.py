@@ -43,7 +43,8 @@ def validate(
     Returns:
         Dictionary with 'model', 'data', 'dataset', 'split', 'samples', 'loss', 'top1' and 'top5' (percent),
         'architecture', 'preprocessing', 'versions', 'weights_sha256' (see `dreal_timm.hub.weights_digest`), and
-        'training', the settings that the network was trained with, where its folder tells them.
+        'training', the settings that the network was trained with, and 'run', with what and how fast, where its folder
+        tells them.
 
     Raises:
         FileNotFoundError: The folder, the data or the checkpoint is missing.
@@ -51,8 +52,12 @@ def validate(
     """
     network: Any = load(model, checkpoint)
     found = measure(network, data_dir, dataset, split, batch_size, workers, device)
-    training = results.training_settings(Path(model)) if Path(model).is_dir() and not checkpoint else None
-    return {'model': model, **found, 'training': training}
+    own = Path(model).is_dir() and not checkpoint
+    return {
+        'model': model, **found,
+        'training': results.training_settings(Path(model)) if own else None,
+        'run': results.training_record(Path(model)) if own else None,
+    }
 
 
 def measure(

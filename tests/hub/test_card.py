@@ -1,6 +1,7 @@
 """Cards: what they tell was measured of these weights"""
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,26 @@ def test_card_with_control(runs, results, tmp_path, capsys):
     assert '{{' not in text
     assert 'Not measured' not in text
     assert str(runs) not in ''.join(path.read_text() for path in (folder / 'training').iterdir())
+
+
+def test_cost(runs, results, tmp_path):
+    """The cost is the quotient of both medians, and is left out where the devices differ."""
+    seconds = [
+        statistics.median(row['seconds'] for row in json.loads((runs / name / 'run.json').read_text())['epochs'])
+        for name in ('reinforced', 'plain')]
+    told = json.loads(results[1].read_text())
+    for row in told['run']['epochs']:
+        row['device'] = 'another'
+    (tmp_path / 'other.json').write_text(json.dumps(told))
+    lines = []
+    for folder, control in (('same', results[1]), ('other', tmp_path / 'other.json')):
+        export_run(runs / 'reinforced', tmp_path / folder, results=results[0], control=control)
+        lines += re.findall('What a step costs .*', (tmp_path / folder / 'README.md').read_text())
+    assert f'took {seconds[0]:.1f} s (median of 2 epochs, cpu, ' in lines[0]
+    assert f'and {seconds[1]:.1f} s of the plain network' in lines[0]
+    assert f': {seconds[0] / seconds[1]:.2f} times.' in lines[0]
+    assert f'took {seconds[0]:.1f} s' in lines[1]
+    assert 'of the plain network' not in lines[1]
 
 
 def test_card_without_results(runs, tmp_path):

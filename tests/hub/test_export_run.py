@@ -50,6 +50,7 @@ def test_weights_by_choice(finished, tmp_path, weights, key, capsys):
     assert told['weights'] == ('raw' if weights == 'raw' else 'ema')
     assert told['exported_with']['timm'] == timm.__version__
     training = tmp_path / 'out' / 'training'
+    assert (training / 'run.json').read_bytes() == (finished / 'run.json').read_bytes()
     assert (training / 'summary.csv').read_bytes() == (finished / 'summary.csv').read_bytes()
     settings, shared = (yaml.safe_load((folder / 'args.yaml').read_text()) for folder in (finished, training))
     assert settings.items() >= shared.items()
@@ -62,6 +63,19 @@ def test_it_is_the_runs_own_export(finished, tmp_path):
     own, exported = (json.loads((f / 'config.json').read_text()) for f in (finished / 'model', tmp_path / 'out'))
     assert exported == own
     assert all(torch.equal(t, weights_of(finished / 'model')[n]) for n, t in weights_of(tmp_path / 'out').items())
+
+
+def test_a_run_that_has_not_ended(finished, tmp_path):
+    """A folder that a run has not exported its network to yet gives the same network, and the settings of the run."""
+    for name in ('network.json', 'args.yaml', 'run.json', 'summary.csv', 'model_best.pth.tar'):
+        (tmp_path / 'run').mkdir(exist_ok=True)
+        (tmp_path / 'run' / name).write_bytes((finished / name).read_bytes())
+    for source, name in ((tmp_path / 'run', 'first'), (finished, 'second')):
+        export_run(source, tmp_path / name)
+    files = {p.relative_to(tmp_path / 'first') for p in (tmp_path / 'first').rglob('*') if p.is_file()}
+    assert len(files) >= 9
+    for file in files:
+        assert (tmp_path / 'first' / file).read_bytes() == (tmp_path / 'second' / file).read_bytes(), file
 
 
 def test_a_checkpoint_of_a_run(finished, tmp_path):
@@ -163,7 +177,8 @@ def test_needs_no_package_of_ours(finished, tmp_path):
 @pytest.mark.parametrize(('change', 'message'), [
     ('nowhere', "No checkpoint 'nowhere'"),
     ('exists', 'exists: choose another folder'),
-    ('unfinished', 'let it end first'),
+    ('no run', 'it is no folder of one'),
+    ('broken network', 'describes no network'),
     ('broken', 'broken or no checkpoint'),
     ('no ema', r'holds no moving average'),
     ('foreign', 'does not fit the network'),
@@ -177,9 +192,11 @@ def test_errors(finished, tmp_path, capsys, change, message):
     elif change == 'exists':
         source = finished
         out.mkdir()
-    elif change == 'unfinished':
+    elif change in ('no run', 'broken network'):
         source = tmp_path / 'model_best.pth.tar'
         torch.save(best, source)
+        if change == 'broken network':
+            (tmp_path / 'network.json').write_text('{"architecture": "resnet18", "model_args": {"depth": 3}}')
     elif change == 'broken':
         source.write_bytes(b'PK broken')
     else:

@@ -1,6 +1,8 @@
 import copy
 import csv
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,13 +44,39 @@ def test_files(finished, images):
     """The folder holds the recipe, the summary, both checkpoints and the exported model."""
     _, directory = finished
     assert {path.name for path in directory.iterdir()} == {
-        'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'model',
+        'args.yaml', 'network.json', 'run.json', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'model',
         *(f'checkpoint-{epoch}.pth.tar' for epoch in range(8)),
     }
     assert yaml.safe_load((directory / 'args.yaml').read_text())['data_dir'] == str(images)
     rows = list(csv.DictReader((directory / 'summary.csv').open()))
     assert [int(row['epoch']) for row in rows] == list(range(8))
     assert {'train_reward', 'train_quality', 'eval_top1', 'lr'} <= set(rows[0])
+
+
+def test_record(finished):
+    """run.json names the versions and the commit, and has the time and the device of each epoch."""
+    _, directory = finished
+    record = json.loads((directory / 'run.json').read_text())
+    assert record['versions']['torch'] == torch.__version__
+    assert record['commit'] is None or re.fullmatch('[0-9a-f]{40}(-dirty)?', record['commit'])
+    assert [row['epoch'] for row in record['epochs']] == list(range(8))
+    assert all(0 < row['seconds'] < 600 and row['device'].startswith('cpu, ') for row in record['epochs'])
+    assert (directory / 'model' / 'training' / 'run.json').read_bytes() == (directory / 'run.json').read_bytes()
+
+
+def test_record_of_a_resumed_run(images, tmp_path):
+    """A resumed run keeps the times of the epochs before, and goes on where its record was lost or broken."""
+    run(recipe(images, tmp_path, epochs=3, stop_epoch=2))
+    path = tmp_path / 'run' / 'run.json'
+    before = json.loads(path.read_text())['epochs']
+    run(recipe(images, tmp_path, epochs=3, resume='auto'))
+    after = json.loads(path.read_text())['epochs']
+    assert (after[:2], len(after)) == (before, 3)
+    path.write_text('{"epochs": [{}')
+    (tmp_path / 'run' / 'summary.csv').unlink()  # as if killed between the last checkpoint and these
+    run(recipe(images, tmp_path, epochs=3, resume='auto'))
+    assert json.loads(path.read_text())['epochs'] == []
+    assert len((tmp_path / 'run' / 'summary.csv').read_text().splitlines()) == 4
 
 
 def test_checkpoints(finished):
@@ -161,7 +189,7 @@ def test_divergence_stops_the_run(images, tmp_path):
     """A loss that is not finite ends the run with the epoch and the folder, not with a model of NaN."""
     with pytest.raises(FloatingPointError, match=r'epoch 1, step [12] of 4.*class_loss is (nan|inf).*lr'):
         run(recipe(images, tmp_path, lr=1e20, eval_metric='loss'))
-    assert {path.name for path in (tmp_path / 'run').iterdir()} == {'args.yaml'}
+    assert {path.name for path in (tmp_path / 'run').iterdir()} == {'args.yaml', 'network.json'}
 
 
 def test_checkpoint_that_does_not_fit(finished, images):
