@@ -98,7 +98,24 @@ def _compare(args: argparse.Namespace) -> None:
         print(f'{format_comparison(done)}\nreport {output}/report.html')
 
 
+def _export_format(args: argparse.Namespace) -> None:
+    from dreal_timm.hub import export_format, read_network
+    from dreal_timm.train.validate import sample_images
+    for name in ('half', 'results', 'control'):
+        if getattr(args, name):
+            raise ValueError(f'--{name} goes with --format timm.')
+    network = read_network(args.source, args.weights)
+    images = sample_images(network, args.data, args.dataset, args.split) if args.data else None
+    folder = export_format(network, args.directory, args.format, images)
+    told = json.loads((folder / 'preprocessing.json').read_text(encoding='utf-8'))
+    found = [f"{row['logit']:.2g} on {row['count']} of {what}" for what, row in told['largest_difference'].items()]
+    print(f"exported {folder}\nlargest difference of a logit: {', '.join(found)}")
+
+
 def _export(args: argparse.Namespace) -> None:
+    if args.format != 'timm':
+        _export_format(args)
+        return
     from dreal_timm.hub import export_run
     measure = None
     if args.data:
@@ -215,15 +232,21 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--resume', action='store_true', help='go on with one that was stopped')
 
     export = commands.add_parser('export', help='export the network of a run, or of a checkpoint, as a folder')
-    export.add_argument('source', metavar='RUN_OR_CHECKPOINT', help='folder of a run (its best epoch), or a checkpoint')
+    export.add_argument(
+        'source', metavar='RUN_OR_CHECKPOINT',
+        help='folder of a run (its best epoch), or a checkpoint; for other formats also an exported folder')
     export.add_argument('directory', metavar='DIR', help='folder to write')
     export.add_argument(
         '--weights', choices=('auto', 'ema', 'raw'), default='auto',
         help='moving average or not (auto: where there is one)')
+    export.add_argument(
+        '--format', choices=('timm', 'onnx', 'torch-export'), default='timm', help='for which runtime (timm)')
     export.add_argument('--half', action='store_true', help='write float16 weights')
     export.add_argument('--results', metavar='FILE', default='', help='for the card: what validate wrote of it')
     export.add_argument('--control', metavar='FILE', default='', help='the same of the plain network')
-    export.add_argument('--data', metavar='DIR', default='', help='measure it here, in place of --results')
+    export.add_argument(
+        '--data', metavar='DIR', default='',
+        help='measure it here, in place of --results; with other formats, compare on images of it')
     export.add_argument('--dataset', metavar='NAME', default='', help='kind/name as in a recipe (image folder)')
     export.add_argument('--split', default='validation', help='split to measure on (validation)')
     export.set_defaults(function=_export)
@@ -257,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
-    for name in ('timm', 'accelerate', 'httpx', 'httpx2', 'huggingface_hub'):
+    for name in ('timm', 'accelerate', 'httpx', 'httpx2', 'huggingface_hub', 'onnx_ir', 'onnxscript'):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return args.function(args) or 0

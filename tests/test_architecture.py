@@ -52,7 +52,7 @@ PACKAGES = {  # beside the standard library, torch and timm
     'train': {'accelerate', 'tqdm', 'yaml'},
     'data': {'numpy', 'PIL', 'sklearn', 'torchvision'},
     'audit': {'PIL', 'matplotlib', 'numpy', 'safetensors', 'scipy', 'tqdm'},
-    'hub': {'huggingface_hub', 'safetensors', 'yaml'},
+    'hub': {'huggingface_hub', 'onnxruntime', 'safetensors', 'yaml'},
     'norms': {'torchvision'},
     'errors': {'safetensors'},
     'cli': {'yaml'},

@@ -54,30 +54,19 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return results
 
 
-def training_settings(directory: Path) -> dict[str, Any] | None:
-    """Return the settings (`args.yaml`) that the network of an exported folder was trained with, where they are known.
+def _told(path: Path) -> dict[str, Any] | None:
+    told = yaml.safe_load(path.read_text(encoding='utf-8')) if path.is_file() else None  # JSON is YAML
+    return told if isinstance(told, dict) else None
 
-    Args:
-        directory: An exported folder.
-    """
-    path = directory / 'training' / 'args.yaml'
-    if not path.is_file():
-        return None
-    settings = yaml.safe_load(path.read_text(encoding='utf-8'))
-    return settings if isinstance(settings, dict) else None
+
+def training_settings(directory: Path) -> dict[str, Any] | None:
+    """Return the settings (`args.yaml`) that an exported folder's network was trained with, where they are known."""
+    return _told(directory / 'training' / 'args.yaml')
 
 
 def training_record(directory: Path) -> dict[str, Any] | None:
-    """Return what the training was made with and how long its epochs took (`run.json`), where it is known.
-
-    Args:
-        directory: An exported folder.
-    """
-    path = directory / 'training' / 'run.json'
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text(encoding='utf-8'))
-    return record if isinstance(record, dict) else None
+    """Return what its training was made with and how long its epochs took (`run.json`), where it is known."""
+    return _told(directory / 'training' / 'run.json')
 
 
 def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import yaml
 from torch import nn
 
 from dreal_timm.hub.export import export, halved
-from dreal_timm.hub.loading import read_checkpoint
+from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.hub.results import read_results, shared_settings
 from dreal_timm.version import __version__
 
-__all__ = ['NETWORK', 'WEIGHTS', 'export_run']
+__all__ = ['NETWORK', 'WEIGHTS', 'export_run', 'read_network']
 
 NETWORK = 'network.json'  # config.json of the network that a run trains
 WEIGHTS = ('auto', 'ema', 'raw')
@@ -77,6 +77,45 @@ def _build(run: Path) -> Any:
             raise ValueError(f"'{run / NETWORK}' describes no network ({reason}).") from error
 
 
+def _read(source: str | Path, weights: str) -> tuple[Any, Mapping[str, Any], Path, str]:
+    """The network of a run or a checkpoint, the checkpoint, the run's folder, and which weights were taken."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got '{weights}'.")
+    path = Path(source) / _BEST if Path(source).is_dir() else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint '{path}'.")
+    run = path.parent
+    checkpoint = read_checkpoint(path)
+    state = _state(checkpoint, path, weights)
+    model = _build(run)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f"'{path}' does not fit the network of '{run / NETWORK}': {reason}") from error
+    return model, checkpoint, run, 'ema' if state is checkpoint.get('state_dict_ema') else 'raw'
+
+
+def read_network(source: str | Path, weights: str = 'auto') -> nn.Module:
+    """Return the network of a run, of a checkpoint in a run's folder, or of what `dreal_timm.hub.load` takes.
+
+    Args:
+        source: Folder of a run, whose best checkpoint is taken, a checkpoint in such a folder, an exported folder, or
+            the name of a network.
+        weights: 'raw', 'ema' (the moving average), or 'auto': the moving average where there is one. Of runs alone.
+
+    Raises:
+        FileNotFoundError: No such run, checkpoint or folder.
+        ValueError: The checkpoint is broken or of another network, or has no such weights; no such model.
+        WeightsError: The weights cannot be had.
+    """
+    if Path(source).is_file() or (Path(source) / NETWORK).is_file():
+        return _read(source, weights)[0]
+    if weights != 'auto':
+        raise ValueError(f"weights: '{source}' is no run that could hold others.")
+    return load(str(source))
+
+
 def export_run(
         source: str | Path,
         directory: str | Path,
@@ -110,27 +149,13 @@ def export_run(
         ValueError: The checkpoint is broken or of another network, or has no such weights; the results are of other
             weights, or the control is not one.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got '{weights}'.")
     if results and measure is not None:
         raise ValueError('Results are given, or measured: not both.')
     measured = {name: read_results(file) for name, file in (('results', results), ('control', control)) if file}
     if Path(directory).exists():
         raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
-    path = Path(source) / _BEST if Path(source).is_dir() else Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint '{path}'.")
-    run = path.parent
-    checkpoint = read_checkpoint(path)
-    state = _state(checkpoint, path, weights)
-    model = _build(run)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f"'{path}' does not fit the network of '{run / NETWORK}': {reason}") from error
+    model, checkpoint, run, taken = _read(source, weights)
     config = model.pretrained_cfg
-    taken = 'ema' if state is checkpoint.get('state_dict_ema') else 'raw'
     trained = None
     if (run / 'args.yaml').is_file():
         trained = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))

@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from dreal_timm.layers import SrmModule
+from dreal_timm.models.releases import RELEASES, find_release
 
 __all__: list[str] = []  # register_model adds every entry point
 
@@ -38,14 +39,21 @@ _STAGES: dict[int, dict[str, Any]] = {
 
 def _create_dreal_resnet(attention: str, depth: int, pretrained: bool = False, **kwargs: Any) -> ResNet:
     name = f'dreal_{attention}_resnet{depth}'
+    tag = kwargs.get('pretrained_cfg')
+    release = find_release(f'{name}.{tag}') if isinstance(tag, str) else None
+    if pretrained and release is not None and release.file.is_file():
+        release.check(release.file)
     model_args = dict(_STAGES[depth], block_args=dict(attn_layer=_ATTENTION[attention]))
     try:
         return build_model_with_cfg(ResNet, name, pretrained, **dict(model_args, **kwargs))
     except RuntimeError as error:
         if not str(error).startswith('No pretrained weights exist'):
             raise
+        staged = '' if release is None else (
+            f' The weights of {release.name} are in a clone of dreal_timm (hub_cards/), and not published yet.')
         raise RuntimeError(
-            f'No pretrained weights exist for {name}. These have some: {", ".join(list_pretrained("dreal_*"))}. '
+            f'No pretrained weights exist for {name} here.{staged} '
+            f'These have some: {", ".join(list_pretrained("dreal_*"))}. '
             "dreal_timm.hub.load_backbone(model, 'resnet50.a1_in1k') starts a network from a plain ResNet's."
         ) from error
 
@@ -78,12 +86,15 @@ def timm_architecture(name: str) -> str | None:
     return f'seresnet{name.removeprefix(prefix)}' if name.startswith(prefix) else None
 
 
-_UNTRAINED = {f'dreal_{attention}_resnet{depth}': _cfg() for attention in _ATTENTION for depth in _STAGES}
 _TIMMS = ('ra2_in1k', 'a1_in1k', 'a2_in1k', 'a3_in1k')  # of seresnet50, the default first
 
 default_cfgs = generate_default_cfgs({
     **{f'dreal_se_resnet50.{tag}': _timms_cfg(f'seresnet50.{tag}') for tag in _TIMMS},
-    **{f'{name}.untrained': cfg for name, cfg in _UNTRAINED.items()},
+    # a release on small data is no default: before the tag with the star, or timm makes it one
+    **{release.name: _cfg(license=release.license, **release.source(), **release.cfg) for release in RELEASES},
+    **{
+        f'dreal_{attention}_resnet{depth}.untrained' + ('' if (attention, depth) == ('se', 50) else '*'): _cfg()
+        for attention in _ATTENTION for depth in _STAGES},
 })
 
 

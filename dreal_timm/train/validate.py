@@ -1,11 +1,14 @@
 """Validation of any timm model, by name or from an exported folder"""
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from accelerate import Accelerator
+from timm.data import create_transform
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from dreal_timm.hub import results
 from dreal_timm.hub.loading import load
@@ -15,7 +18,7 @@ from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
 from dreal_timm.version import __version__
 
-__all__ = ['measure', 'validate']
+__all__ = ['measure', 'sample_images', 'validate']
 
 
 def validate(
@@ -89,3 +92,39 @@ def measure(
         'preprocessing': {key: data[key] for key in keys if key in data},
         'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__},
     }
+
+
+def sample_images(
+        network: nn.Module,
+        data_dir: str | Path,
+        dataset: str = '',
+        split: str = 'validation',
+        count: int = 64,
+) -> torch.Tensor:
+    """Return images of a split, spread over it evenly, or its first where it is a stream, as the network takes them.
+
+    Args:
+        network: A timm model, whose configuration names the preprocessing.
+        data_dir: Folder of the data set.
+        dataset: Kind and name of the data set as in a recipe; empty is an image folder.
+        split: The split.
+        count: Number of the images; all where there are fewer.
+
+    Returns:
+        Images, (N, C, H, W).
+
+    Raises:
+        FileNotFoundError: The data is missing.
+    """
+    config = load_config(dict(data_dir=str(data_dir), dataset=dataset, val_split=split, workers=0))
+    model: Any = network
+    data = datasets.data_config(config, model)
+    found = datasets.build_dataset(config, split, data['input_size'][0], False, model.num_classes)
+    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    found.transform = create_transform(is_training=False, **{key: data[key] for key in keys})
+    if hasattr(found, '__getitem__') and not isinstance(found, IterableDataset):
+        count = min(count, len(found))
+        rows = [found[i * len(found) // count] for i in range(count)]
+    else:
+        rows = list(islice(found, count))
+    return torch.stack([image for image, *_ in rows])

@@ -1,0 +1,143 @@
+"""Networks for other runtimes: ONNX, and programs of torch.export, compared with the network that they come from"""
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from dreal_timm.hub.folder import SUMS, checksums
+from dreal_timm.version import __version__
+
+__all__ = ['FORMATS', 'TOLERANCE', 'export_format']
+
+FORMATS = {'onnx': 'model.onnx', 'torch-export': 'model.pt2'}
+TOLERANCE = 1e-4  # of a logit, where logits are about 1 or less; else of the largest
+_BATCHES = (1, 3)  # sizes beside that of all images, since a program can be bound to the one it was traced with
+_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+Program = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _check_onnx() -> None:
+    for name in ('onnxscript', 'onnxruntime'):  # the first is what torch's exporter needs
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f'ONNX needs the package {name}: pip install "dreal_timm[onnx]".', name=name)
+    if tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 6):
+        raise ValueError(f'ONNX needs torch 2.6 or newer, and this is {torch.__version__}.')
+
+
+def _write_onnx(model: nn.Module, example: torch.Tensor, path: Path) -> Program:
+    """Write the network and return what ONNX Runtime makes of the file."""
+    import onnxruntime
+    torch.onnx.export(
+        model, (example,), str(path), dynamo=True, external_data=False, verbose=False, input_names=['images'],
+        output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch')},))
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+
+
+def _write_program(model: nn.Module, example: torch.Tensor, path: Path) -> Program:
+    """Write the network and return what the file is loaded as."""
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+@torch.no_grad()
+def _compare(program: Program, model: nn.Module, images: torch.Tensor, what: str) -> float:
+    """Largest difference of a logit; a RuntimeError if it is too large."""
+    worst = 0.0
+    for batch in (*(images[:size] for size in _BATCHES), images):
+        expected, output = model(batch), program(batch)
+        if output.shape != expected.shape:
+            raise RuntimeError(f'{what}: logits are {tuple(output.shape)} and not {tuple(expected.shape)}.')
+        difference = (output - expected).abs().max().item()
+        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+        if not difference <= allowed:
+            raise RuntimeError(
+                f'{what}: logits differ from those of the network by up to {difference:.3g}, more than {allowed:.3g}.')
+        worst = max(worst, difference)
+    return worst
+
+
+def export_format(
+        model: nn.Module,
+        directory: str | Path,
+        format: str,
+        images: torch.Tensor | None = None,
+        label_names: Sequence[str] | None = None,
+) -> Path:
+    """Write a network for another runtime into a new folder, and compare what is read back with the network.
+
+    The folder holds `model.onnx` (input `images`, output `logits`, weights inside of the file) or `model.pt2`
+    (`torch.export.load(path).module()`), `preprocessing.json` and `SHA256SUMS`. The batch size is free, height and
+    width are those of `input_size`. Compared are batches of noise, of 1, 3 and 8, and of the images.
+
+    Args:
+        model: A timm model, with no wrapper around it.
+        directory: Folder to write. Its parents are made.
+        format: 'onnx', which needs torch 2.6 and the extra `onnx`, or 'torch-export'.
+        images: Real images, preprocessed as the model's config says, (N, C, H, W), to compare with as well.
+        label_names: Names of the classes in the order of the logits; None takes those of the model's config.
+
+    Raises:
+        FileExistsError: The folder exists.
+        ModuleNotFoundError: A package that ONNX needs is not installed.
+        RuntimeError: The network has what cannot be exported; or logits differ by more than 1e-4, or by more than that
+            part of the largest where it is above 1.
+        TypeError: The model is not one that timm built.
+        ValueError: No such format, or the model holds a critic.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got '{format}'.")
+    if format == 'onnx':
+        _check_onnx()
+    directory = Path(directory)
+    if directory.exists():
+        raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
+    if not hasattr(model, 'pretrained_cfg'):
+        raise TypeError(f'Only models that timm built can be exported, got {type(model).__name__}.')
+    if any(name.split('.')[0] == 'critic' for name, _ in model.named_parameters()):
+        raise ValueError('The model holds a critic: pass the plain network, task.get_eval_model().')
+    plain: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
+    data = timm.data.resolve_model_data_config(plain)
+    noise = torch.randn(8, *data['input_size'], generator=torch.Generator().manual_seed(0))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f'.{directory.name}-'))
+    try:
+        write = _write_onnx if format == 'onnx' else _write_program
+        try:
+            program = write(plain, noise[:2], scratch / FORMATS[format])
+        except Exception as error:  # the exporters raise all kinds
+            reason = ' '.join(str(error).split())[:200] or type(error).__name__
+            raise RuntimeError(f'{format}: the network cannot be exported: {reason}') from error
+        compared = {'noise': noise} if images is None else {'noise': noise, 'images': images}
+        packages = ('onnx', 'onnxscript', 'onnxruntime') if format == 'onnx' else ()
+        told = {
+            'architecture': plain.pretrained_cfg['architecture'],
+            **{key: data[key] for key in _KEYS if key in data},
+            'label_names': list(label_names or plain.pretrained_cfg.get('label_names') or []) or None,
+            'largest_difference': {
+                name: {'count': len(batch), 'logit': _compare(program, plain, batch, f'{format}, {name}')}
+                for name, batch in compared.items()},
+            'versions': {
+                'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__,
+                **{name: version(name) for name in packages}},
+        }
+        (scratch / 'preprocessing.json').write_text(json.dumps(told, indent=2) + '\n', encoding='utf-8')
+        (scratch / SUMS).write_text(checksums(scratch), encoding='utf-8')
+        for path in scratch.iterdir():
+            path.chmod(0o644)
+        scratch.chmod(0o755)
+        os.replace(scratch, directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return directory
