@@ -17,9 +17,11 @@ from dreal_timm.version import __version__
 __all__ = ['main']
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     from dreal_timm.train import describe, load_config, run
-    print(describe(run(load_config(args.recipe, args.settings))))
+    results = run(load_config(args.recipe, args.settings))
+    print(describe(results))
+    return 1 if results['pushed'] == '' else 0
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -276,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 1 where nothing was found, or 2 after an error of the user's, told in a line."""
+    """Run the command line; return 0, 1 where nothing was found or sent, or 2 after an error, told in a line."""
     args = _parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)

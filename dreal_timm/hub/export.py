@@ -21,7 +21,7 @@ from dreal_timm.hub.card import write_card
 from dreal_timm.hub.folder import SUMS, checksums
 from dreal_timm.models.dreal_resnet import timm_architecture
 
-__all__ = ['check_export', 'describe_network', 'export', 'halved']
+__all__ = ['check_export', 'check_plain', 'describe_network', 'export', 'halved']
 
 
 @torch.no_grad()
@@ -116,6 +116,27 @@ def _describe(model: Any, label_names: Sequence[str] | None) -> tuple[dict[str, 
     return config, changes
 
 
+def check_plain(model: nn.Module, directory: Path) -> Any:
+    """Return a copy of a plain network for an export: on the CPU, in float32, in evaluation mode.
+
+    Args:
+        model: The network.
+        directory: Folder that is to be written.
+
+    Raises:
+        FileExistsError: The folder exists.
+        TypeError: The model is not one that timm built.
+        ValueError: The model holds a critic.
+    """
+    if directory.exists():
+        raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
+    if not hasattr(model, 'pretrained_cfg'):
+        raise TypeError(f'Only models that timm built can be exported, got {type(model).__name__}.')
+    if any(name.split('.')[0] == 'critic' for name, _ in model.named_parameters()):
+        raise ValueError('The model holds a critic: pass the plain network, task.get_eval_model().')
+    return copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
+
+
 def describe_network(
         model: nn.Module,
         data_config: Mapping[str, Any] | None = None,
@@ -166,13 +187,7 @@ def export(
         RuntimeError: The exported folder does not repeat the model's logits.
     """
     directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
-    if not hasattr(model, 'pretrained_cfg'):
-        raise TypeError(f'Only models that timm built can be exported, got {type(model).__name__}.')
-    if any(name.split('.')[0] == 'critic' for name, _ in model.named_parameters()):
-        raise ValueError('The model holds a critic: pass the plain network, task.get_eval_model().')
-    plain: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
+    plain = check_plain(model, directory)
     _untie(plain)
     plain.pretrained_cfg, model_config = _describe(plain, label_names)
     saved = halved(plain) if half else plain

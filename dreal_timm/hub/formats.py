@@ -1,5 +1,4 @@
 """Networks for other runtimes: ONNX, and programs of torch.export, compared with the network that they come from"""
-import copy
 import json
 import os
 import shutil
@@ -8,12 +7,12 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from torch import nn
 
+from dreal_timm.hub.export import check_plain
 from dreal_timm.hub.folder import SUMS, checksums
 from dreal_timm.version import __version__
 
@@ -101,13 +100,7 @@ def export_format(
     if format == 'onnx':
         _check_onnx()
     directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
-    if not hasattr(model, 'pretrained_cfg'):
-        raise TypeError(f'Only models that timm built can be exported, got {type(model).__name__}.')
-    if any(name.split('.')[0] == 'critic' for name, _ in model.named_parameters()):
-        raise ValueError('The model holds a critic: pass the plain network, task.get_eval_model().')
-    plain: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
+    plain = check_plain(model, directory)
     data = timm.data.resolve_model_data_config(plain)
     noise = torch.randn(8, *data['input_size'], generator=torch.Generator().manual_seed(0))
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from dreal_timm.errors import WeightsError
@@ -11,7 +11,7 @@ from dreal_timm.hub.export import check_export
 from dreal_timm.hub.fetch import explain
 from dreal_timm.hub.folder import UNLISTED, check_folder, read_checksums
 
-__all__ = ['Plan', 'Pushed', 'prepare', 'push']
+__all__ = ['Plan', 'Pushed', 'check_target', 'prepare', 'push']
 
 _OWN = ('.eval_results/', 'test/', 'training/')  # what the repository has there, and the folder has not, is removed
 
@@ -50,6 +50,32 @@ class Pushed:
     changed: bool
 
 
+def _check_name(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"'{repo}': {' '.join(str(error).split())}") from error
+    if repo.count('/') != 1:
+        raise ValueError(f"Name the repository as USER/NAME, got '{repo}'.")
+
+
+def check_target(repo: str) -> None:
+    """Check what can be known of a push without a network.
+
+    Args:
+        repo: USER/NAME.
+
+    Raises:
+        ValueError: The name is none of a repository.
+        WeightsError: There is no token, or the Hub is switched off.
+    """
+    _check_name(repo)
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsError(f"'{repo}': {explain(OfflineModeIsEnabled(), repo)}.")
+    if get_token() is None:
+        raise WeightsError(f"'{repo}': there is no token: log in (hf auth login), or set HF_TOKEN.")
+
+
 def prepare(directory: str | Path, repo: str) -> Plan:
     """Check an exported folder as a whole, and return what would be sent of it; no network is needed.
 
@@ -66,12 +92,7 @@ def prepare(directory: str | Path, repo: str) -> Plan:
         WeightsError: The folder is not what was exported.
     """
     directory = Path(directory)
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ValueError(f"'{repo}': {' '.join(str(error).split())}") from error
-    if repo.count('/') != 1:
-        raise ValueError(f"Name the repository as USER/NAME, got '{repo}'.")
+    _check_name(repo)
     if not directory.is_dir():
         raise FileNotFoundError(f"No folder '{directory}'.")
     check_folder(directory, everything=True)
@@ -153,8 +174,7 @@ def push(
     if create_pr and tag:
         raise ValueError('A pull request has no commit of the repository yet that could get a tag: give it later.')
     plan = prepare(directory, repo)
-    if get_token() is None:
-        raise WeightsError(f"'{repo}': there is no token: log in (hf auth login), or set HF_TOKEN.")
+    check_target(repo)
     added = [CommitOperationAdd(name, plan.directory / name) for name in plan.files]
     api, created = HfApi(), False
     try:

@@ -142,7 +142,7 @@ def build_task(
             bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh, pos_weight=config.bce_pos_weight)
     common: dict[str, Any] = dict(criterion_kwargs=loss, device=device, verbose=verbose)
     dreal = dict(vars(config.dreal))
-    for key in ('freeze', 'backbone', 'gates'):  # of the network
+    for key in ('freeze', 'backbone', 'gates', 'push_to', 'push_private'):  # of the network, and of its export
         dreal.pop(key)
     if not dreal.pop('enabled'):
         return ClassificationTask(model, **common)

@@ -20,11 +20,13 @@ from torch import nn
 from dreal_timm.hub import describe_network, export
 from dreal_timm.hub.results import shared_settings
 from dreal_timm.hub.run import NETWORK
+from dreal_timm.hub.upload import check_target
 from dreal_timm.train import build, datasets, loaders
 from dreal_timm.train.checkpoint import BEST, Checkpoints, write_summary, write_text
 from dreal_timm.train.config import load_config, to_dict
 from dreal_timm.train.launch import launch, run_directory
 from dreal_timm.train.loop import Run, fit
+from dreal_timm.train.publish import publish
 from dreal_timm.train.record import RECORD, Record
 from dreal_timm.train.resume import is_last_of, load_checkpoint, restore, restore_scheduler, resume_path
 from dreal_timm.train.trackers import check_trackers, start_trackers
@@ -136,6 +138,8 @@ def set_up(config: SimpleNamespace) -> Run:
     """
     build.import_device_modules(config)
     check_trackers(config.log_with or (), config.log_kwargs)
+    if config.dreal.push_to:
+        check_target(config.dreal.push_to)
     accelerator = launch(config)
     device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     random_seed(config.seed, accelerator.process_index)
@@ -210,10 +214,12 @@ def describe(results: Mapping[str, Any]) -> str:
     model, metrics = results['model'], results['metrics']
     architecture = json.loads((Path(model) / 'config.json').read_text(encoding='utf-8'))['architecture']
     imports = 'import timm, dreal_timm' if architecture.startswith('dreal_') else 'import timm'
+    pushed = f"\nsent to        {results['pushed']}" if results.get('pushed') else ''
     return (
         f"top-1 accuracy {metrics['top1']:.2f} % (epoch {results['best_epoch'] + 1} of {len(results['epochs'])})\n"
         f'exported model {model}\n'
         f"load it with   {imports}; model = timm.create_model('local-dir:{model}', pretrained=True)"
+        f'{pushed}'
     )
 
 
@@ -239,6 +245,7 @@ def run(
             - 'best_epoch', 'metrics': Number of the best epoch, from 0, and its validation metrics: those of the
                 moving average where there is one, those of the training where nothing is validated
             - 'epochs': For each epoch 'epoch', 'lr', 'train', 'validation' and 'validation_ema' metrics
+            - 'pushed': Where `dreal.push_to` is set, the address of the commit on the Hub, empty if the push failed
 
     Raises:
         FileNotFoundError: The recipe, the data or a checkpoint is missing.
@@ -246,6 +253,7 @@ def run(
         FloatingPointError: A loss was not finite.
         OSError: A checkpoint cannot be written.
         ValueError: A setting is wrong.
+        WeightsError: Weights to start from cannot be had, or `dreal.push_to` is set and there is no token.
     """
     if isinstance(config, SimpleNamespace):
         config = to_dict(config)
@@ -272,6 +280,7 @@ def run(
     if is_main:
         _export(state)
     accelerator.wait_for_everyone()
+    pushed = publish(state) if is_main and state.config.dreal.push_to else None
     best: dict[str, Any] = next((entry for entry in state.history if entry['epoch'] == best_epoch), {})
     return {
         'directory': str(directory),
@@ -279,4 +288,5 @@ def run(
         'best_epoch': best_epoch,
         'metrics': best.get('validation_ema') or best.get('validation') or best.get('train', {}),
         'epochs': state.history,
+        'pushed': pushed,
     }

@@ -178,6 +178,8 @@ DREAL_KEYS = [
     Key('critic_cell', 'str', 'lstm', "'lstm' or 'gru'", choices=tuple(CELLS)),
     Key('critic_hidden_size', 'int', 1, 'hidden units of a critic', minimum=1),
     Key('critic_depth', 'int', 1, 'cells of a critic', minimum=1),
+    Key('push_to', 'str', '', 'USER/NAME on the Hugging Face Hub that the network is sent to when the run ends'),
+    Key('push_private', 'bool', False, 'create that repository as a private one'),
 ]
 
 _SIZES = 'one input_size holds for the whole run'

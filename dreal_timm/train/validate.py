@@ -1,6 +1,7 @@
 """Validation of any timm model, by name or from an exported folder"""
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -18,7 +19,9 @@ from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
 from dreal_timm.version import __version__
 
-__all__ = ['measure', 'sample_images', 'validate']
+__all__ = ['measure', 'measure_split', 'sample_images', 'validate']
+
+_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
 def validate(
@@ -75,21 +78,36 @@ def measure(
     """The same of a network that is built already; arguments and results are those of `validate`."""
     settings = dict(
         data_dir=str(data_dir), dataset=dataset, val_split=split, batch_size=batch_size, workers=workers)
-    config = load_config(settings)
     target = Accelerator(cpu=device == 'cpu').device if device in (None, 'cpu') else torch.device(device)
+    return measure_split(network, load_config(settings), target)
+
+
+def _open(network: Any, config: SimpleNamespace) -> tuple[dict[str, Any], Any]:
+    """The network's preprocessing and the validation split."""
+    data = datasets.data_config(config, network)
+    return data, datasets.build_dataset(config, config.val_split, data['input_size'][0], False, network.num_classes)
+
+
+def measure_split(network: nn.Module, config: SimpleNamespace, device: torch.device) -> dict[str, Any]:
+    """The same on the validation split of a configuration, by this process alone.
+
+    Args:
+        network: A timm model. Where the configuration names no preprocessing, the model's own holds.
+        config: A configuration from `load_config`.
+        device: Where to.
+    """
     model: Any = network
-    data = datasets.data_config(config, model)
-    val_set = datasets.build_dataset(config, split, data['input_size'][0], False, model.num_classes)
-    loader = loaders.build_loader(config, val_set, data, target, is_training=False)
+    data, val_set = _open(model, config)
+    loader = loaders.build_loader(config, val_set, data, device, is_training=False)
     digest = results.weights_digest(model.state_dict())
-    metrics = evaluate(model.to(target).eval(), loader, target)
+    metrics = evaluate(model.to(device).eval(), loader, device)
     architecture = model.pretrained_cfg['architecture']
-    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     return {
-        'data': str(data_dir), 'dataset': dataset, 'split': split, 'samples': len(val_set), **metrics,
+        'data': str(config.data_dir), 'dataset': config.dataset, 'split': config.val_split,
+        'samples': loaders.count_images(val_set, 1), **metrics,
         'architecture': timm_architecture(architecture) or architecture,
         'weights_sha256': digest,
-        'preprocessing': {key: data[key] for key in keys if key in data},
+        'preprocessing': {key: data[key] for key in _KEYS if key in data},
         'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__},
     }
 
@@ -117,11 +135,8 @@ def sample_images(
         FileNotFoundError: The data is missing.
     """
     config = load_config(dict(data_dir=str(data_dir), dataset=dataset, val_split=split, workers=0))
-    model: Any = network
-    data = datasets.data_config(config, model)
-    found = datasets.build_dataset(config, split, data['input_size'][0], False, model.num_classes)
-    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-    found.transform = create_transform(is_training=False, **{key: data[key] for key in keys})
+    data, found = _open(network, config)
+    found.transform = create_transform(is_training=False, **{key: data[key] for key in _KEYS})
     if hasattr(found, '__getitem__') and not isinstance(found, IterableDataset):
         count = min(count, len(found))
         rows = [found[i * len(found) // count] for i in range(count)]

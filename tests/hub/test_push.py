@@ -13,8 +13,8 @@ import pytest
 import timm
 import torch
 from conftest import make_model
-from fake_hub import TOKEN, FakeHub
-from huggingface_hub import constants, hf_api
+from fake_hub import TOKEN
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from dreal_timm.cli import main
@@ -22,23 +22,6 @@ from dreal_timm.errors import WeightsError
 from dreal_timm.hub import export, load, prepare, push
 
 NAME = 'user/network'
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub, and this process with an empty cache and a token for it."""
-    server = FakeHub()
-    monkeypatch.setattr(constants, 'ENDPOINT', server.url)
-    monkeypatch.setattr(
-        constants, 'HUGGINGFACE_CO_URL_TEMPLATE', server.url + '/{repo_id}/resolve/{revision}/{filename}')
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
-    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_TELEMETRY', True)
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(hf_api.api, 'endpoint', server.url)
-    monkeypatch.setenv('HF_TOKEN', TOKEN)
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope='module')

@@ -39,7 +39,7 @@ DREAL_DEFAULTS = {
     'probe': 'split', 'probe_every': 1,
     'taylor_target': None, 'rotate': 'epoch',
     'reward_clip': 1.0, 'probe_dtype': None, 'seed': None, 'critic_cell': 'lstm', 'critic_hidden_size': 1,
-    'critic_depth': 1,
+    'critic_depth': 1, 'push_to': '', 'push_private': False,
 }
 
 
