@@ -28,7 +28,7 @@ def wheel(tmp_path_factory):
 
 
 def test_contents(wheel):
-    """The wheel holds every module, every recipe, the marker of types and the licence."""
+    """The wheel holds every module, every recipe, the marker of types and the licence, and no weights."""
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / 'dreal_timm').rglob('*.py')}
     recipes = {f'dreal_timm/recipes/{path.name}' for path in (ROOT / 'recipes').glob('*.yaml')}
@@ -36,6 +36,8 @@ def test_contents(wheel):
     assert modules | recipes | {'dreal_timm/py.typed', 'dreal_timm/hub_cards/template.md'} <= names
     assert any(name.endswith('licenses/LICENSE') for name in names)
     assert not any('tests' in name for name in names)
+    assert {name for name in names if '/hub_cards/' in name} == {'dreal_timm/hub_cards/template.md'}  # no weights
+    assert wheel.stat().st_size < 1e6
 
 
 def test_version_stands_in_one_place(wheel):

@@ -104,6 +104,13 @@ def _seconds(record: Any) -> dict[str, list[float]]:
     return found
 
 
+def _made_with(record: Any) -> str:
+    """Versions and commit of a training."""
+    versions = [f'{name} {number}' for name, number in ((record or {}).get('versions') or {}).items()]
+    commit = (record or {}).get('commit')
+    return f"Trained with {', '.join(versions)}{f', commit `{commit[:12]}`' if commit else ''}." if versions else ''
+
+
 def _cost(probe: Any, record: Any, control: Any) -> str:
     """What the training cost, beside the plain network's where both were timed on one device."""
     line = f"What a step costs beyond plain training: {_PASSES.get(str(probe), 'the probe')}, and the critic. "
@@ -144,7 +151,7 @@ def write_card(directory: str | Path) -> None:
         if not results:
             raise ValueError('A control needs results of the network to stand beside.')
         check_control(results, control)
-    settings = training_settings(directory) or {}
+    settings, record = training_settings(directory) or {}, training_record(directory)
     dreal = settings.get('dreal') or {}
     reinforced = bool(dreal.get('enabled', True)) if settings else None
     name = results.get('dataset') or settings.get('dataset') or ''
@@ -182,7 +189,8 @@ def write_card(directory: str | Path) -> None:
         extra_import=', dreal_timm' if architecture.startswith('dreal_') else '',
         weights_line='' if epoch is None else
         f"These are {weights[checkpoint['weights']]} after epoch {epoch + 1}, the checkpoint that was exported.",
-        cost_line=_cost(dreal.get('probe'), training_record(directory), control.get('run')),
+        made_with=_made_with(record), cost_line=_cost(dreal.get('probe'), record, control.get('run')),
+        chosen=bool(results) and epoch is not None and results['split'] == settings.get('val_split'),
     )
     (directory / 'README.md').write_text(re.sub('\n{3,}', '\n\n', str(card)).rstrip() + '\n', encoding='utf-8')
     if results and data_id:

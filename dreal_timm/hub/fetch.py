@@ -84,11 +84,14 @@ def explain(error: BaseException, repo: str) -> str:
     return f'{constants.ENDPOINT} cannot be reached ({reason}): check the network, or fill the cache elsewhere'
 
 
-def _verify(path: str, repo: str, file: str) -> None:
-    """Compare a file of the cache with the hash that it is stored under, as large files are."""
+def _verify(path: str, repo: str, file: str, sha256: str) -> None:
+    """Compare a file of the cache with the hash that it is stored under, as large files are, and with a known one."""
     blob = os.path.realpath(path)
     expected = os.path.basename(blob)
-    if re.fullmatch('[0-9a-f]{64}', expected) and digest(blob) != expected:
+    found = digest(blob)
+    if sha256 and expected == found != sha256:
+        raise WeightsError(f"'{repo}', {file}: it is not what was released (wrong SHA-256): tell its maintainers.")
+    if (re.fullmatch('[0-9a-f]{64}', expected) and found != expected) or (sha256 and found != sha256):
         raise WeightsError(f"'{repo}', {file}: the copy in the cache is broken (wrong SHA-256): delete {blob}")
 
 
@@ -110,7 +113,7 @@ def _download(repo: str, file: str, revision: str | None) -> str:
     return hf_hub_download(repo, file, revision=revision)
 
 
-def fetch(source: str, config: bool, weights: Sequence[str] = WEIGHTS_FILES) -> None:
+def fetch(source: str, config: bool, weights: Sequence[str] = WEIGHTS_FILES, sha256: str = '') -> None:
     """Bring what timm loads from a repository into the client's cache, and compare it with its hash.
 
     A commit that the cache has asks nothing of the Hub; of a branch it asks whether there is a newer one.
@@ -119,6 +122,7 @@ def fetch(source: str, config: bool, weights: Sequence[str] = WEIGHTS_FILES) -> 
         source: Id of the repository, with `@REVISION` where one is meant.
         config: Whether config.json is wanted too.
         weights: Names of the file with the weights, the first that there is.
+        sha256: Of the weights, where it is known.
 
     Raises:
         WeightsError: Offline, no such repository, revision or file, no access, or a broken copy in the cache.
@@ -136,7 +140,7 @@ def fetch(source: str, config: bool, weights: Sequence[str] = WEIGHTS_FILES) -> 
             found = next((name for name in weights if name in names), weights[0])
         for file in (*needed, found):
             path = _download(repo, file, revision or None)
-        _verify(path, repo, found)
+        _verify(path, repo, found, sha256)
     except WeightsError:
         raise
     except Exception as error:  # the client's own, and those of the two libraries that it sends requests with

@@ -11,6 +11,7 @@ from torch import nn
 from dreal_timm.errors import UNREADABLE, WeightsError, nearest
 from dreal_timm.hub.fetch import WEIGHTS_FILES, fetch
 from dreal_timm.hub.folder import check_folder
+from dreal_timm.models.releases import find_release
 
 __all__ = ['check_model_name', 'load', 'read_checkpoint', 'timm_name']
 
@@ -54,7 +55,10 @@ def _fetch(name: str) -> None:
         repo = getattr(config, 'hf_hub_id', None)
         if repo and not (config.file or config.state_dict):
             named = config.hf_hub_filename
-            fetch(repo, config=False, weights=(named,) if named else WEIGHTS_FILES)
+            release = find_release(model)
+            fetch(
+                repo, config=False, weights=(named,) if named else WEIGHTS_FILES,
+                sha256=release.sha256 if release else '')
 
 
 def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:

@@ -39,8 +39,8 @@ _STAGES: dict[int, dict[str, Any]] = {
 
 def _create_dreal_resnet(attention: str, depth: int, pretrained: bool = False, **kwargs: Any) -> ResNet:
     name = f'dreal_{attention}_resnet{depth}'
-    tag = kwargs.get('pretrained_cfg')
-    release = find_release(f'{name}.{tag}') if isinstance(tag, str) else None
+    tag = kwargs.get('pretrained_cfg')  # timm passes the tag of a name; its own callers may pass a config
+    release = find_release(f"{name}.{getattr(tag, 'tag', tag)}")
     if pretrained and release is not None and release.file.is_file():
         release.check(release.file)
     model_args = dict(_STAGES[depth], block_args=dict(attn_layer=_ATTENTION[attention]))

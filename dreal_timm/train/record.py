@@ -43,7 +43,8 @@ class Record:
     """
 
     def __init__(self, device: torch.device, processes: int):
-        name = f'cpu, {torch.get_num_threads()} threads'
+        threads = torch.get_num_threads()
+        name = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
         if device.type != 'cpu':
             name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
         self.device = f'{processes} x {name}' if processes > 1 else name

@@ -1,4 +1,5 @@
 """Push and pull against a Hub on loopback that the unmodified client talks to"""
+import dataclasses
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from conftest import make_model
 from fake_hub import TOKEN
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from timm.models import _registry
 
 from dreal_timm.cli import main
 from dreal_timm.errors import WeightsError
@@ -256,6 +258,23 @@ def test_failures_of_a_pull(hub, published, tmp_path, monkeypatch):
     published.commit({name: content for name, content in head.items() if name != 'model.safetensors'})
     with pytest.raises(WeightsError, match=r"'user/network', .*: the repository has no such file"):
         load(f'hf-hub:{NAME}')
+
+
+def test_a_release_on_the_hub(hub, published, tmp_path, monkeypatch):
+    """A release that is not in a checkout comes from the commit of its table, and must have the hash of its table."""
+    from dreal_timm.models import releases
+    release = releases.RELEASES[0]
+    staged = release.file.parent
+    oid = published.commit({'model.safetensors': release.file.read_bytes()})
+    published.commit({'model.safetensors': b'of later'})
+    monkeypatch.setattr(releases, '_STAGED', tmp_path)
+    cfg = dataclasses.replace(timm.get_pretrained_cfg(release.name), file=None, hf_hub_id=f'{NAME}@{oid}')
+    monkeypatch.setitem(_registry._model_pretrained_cfgs, release.name, cfg)  # as of a package without the folder
+    assert equal(load(release.name).half(), staged)
+    other = dataclasses.replace(release, sha256='0' * 64)
+    monkeypatch.setattr(releases, 'RELEASES', (other,))
+    with pytest.raises(WeightsError, match='it is not what was released'):
+        load(release.name)
 
 
 def test_without_a_network(hub, published, folder, tmp_path):

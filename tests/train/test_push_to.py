@@ -35,7 +35,7 @@ def test_a_run_sends_its_network(hub, images, tmp_path):
     assert all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
     sent = hub.repositories[NAME].commits[-1][1]
     told = json.loads(sent['training/results.json'])
-    measured = validate(results['model'], images, workers=0)
+    measured = validate(results['model'], images, batch_size=8, workers=0)
     assert all(told[key] == measured[key] for key in ('loss', 'top1', 'top5', 'samples', 'weights_sha256'))
     assert told['top1'] == results['metrics']['top1']
     card = ModelCard(sent['README.md'].decode())
