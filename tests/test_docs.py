@@ -1,4 +1,5 @@
 """What the documents show runs, and what they list is so"""
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,36 @@ def test_loop_of_the_readme(tmp_path, monkeypatch):
     state = torch.load('model.pth', weights_only=True)
     assert state
     assert not any('critic' in name for name in state)
+
+
+def test_eight_lines_of_the_readme(tmp_path):
+    """Each line of the section Share runs as it stands: train, export, push (dry run), load."""
+    section = README[README.index('## Share'):]
+    lines = blocks(section, 'bash')[0].splitlines()
+    assert len(lines) == 8
+    if tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 6):
+        lines = [line for line in lines if '--format onnx' not in line]
+    commands = tmp_path / 'bin'
+    commands.mkdir()
+    for name, arguments in (('dreal-timm', '-m dreal_timm'), ('python', '')):
+        (commands / name).write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
+        (commands / name).chmod(0o755)
+    paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+    environment = {
+        **os.environ, 'PATH': f"{commands}{os.pathsep}{os.environ['PATH']}", 'PYTHONPATH': os.pathsep.join(paths),
+        'HF_HUB_OFFLINE': '1'}
+    printed = []
+    for line in lines:
+        done = subprocess.run(
+            ['sh', '-c', line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (line, done.stderr[-1000:])
+        printed.append(done.stdout)
+    assert 'nothing was sent' in printed[5]
+    assert printed[6] == '10 classes\n'
+    card = (tmp_path / 'weights' / 'README.md').read_text(encoding='utf-8')
+    rows = re.findall(r'^\| (?:this network|plain, the same settings) \| (\d+\.\d+) ', card, re.MULTILINE)
+    assert len(rows) == 2
+    assert min(map(float, rows)) > 95
 
 
 def test_example_of_another_attention(capsys):
