@@ -50,7 +50,8 @@ def test_what_the_table_says(release):
     assert list(cfg.label_names) == config['label_names']
     assert release.license == config['pretrained_cfg']['license']
     assert f'licence of the data | {release.data_license} |' in (folder / 'README.md').read_text()
-    row = next(row for row in (ROOT / 'docs' / 'hub.md').read_text().splitlines() if row.startswith(f'| `{release.name}`'))
+    document = (ROOT / 'docs' / 'hub.md').read_text()
+    row = next(line for line in document.splitlines() if line.startswith(f'| `{release.name}`'))
     control = json.loads((folder / 'training' / 'control.json').read_text())
     assert f"| {results['top1']:.2f} | {control['top1']:.2f} |" in row
     assert release.tag.startswith('dreal_')
