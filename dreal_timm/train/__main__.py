@@ -29,4 +29,5 @@ if __name__ == '__main__':
         sys.exit(2)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'nccl':
         torch.distributed.destroy_process_group()  # NCCL asks for it; with gloo it can wait for ever (torch 2.4)
-    sys.exit(1 if results['pushed'] == '' else 0)  # trained, but not sent
+    if results['pushed'] == '':  # trained, but not sent
+        sys.exit(1)
