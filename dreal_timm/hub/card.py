@@ -50,7 +50,7 @@ def _data(name: str) -> tuple[str, str, str]:
     if known:
         return known
     kind, _, rest = name.partition('/')
-    return (rest or 'images of its own', rest if kind in ('hfds', 'hfids') else '', 'not recorded')
+    return (rest or 'an image folder', rest if kind in ('hfds', 'hfids') else '', 'not recorded')
 
 
 def _network(directory: Path) -> tuple[int, float, list[int]]:
@@ -158,7 +158,7 @@ def write_card(directory: str | Path) -> None:
     data, data_id, data_license = _data(name) if settings or results else ('', '', 'not recorded')
     parameters, gmacs, size = _network(directory)
     architecture = config['architecture']
-    title = _title(architecture, reinforced, data)
+    title = _title(architecture, reinforced, data if name else '')
     told = [(key, settings[key]) for key in _SETTINGS if settings.get(key) not in (None, '', False)]
     if reinforced:
         told += [(f'dreal.{key}', dreal[key]) for key in _REINFORCED if dreal.get(key) not in (None, '')]
