@@ -13,6 +13,7 @@ from dreal_timm.hub.folder import UNLISTED, check_folder, read_checksums
 
 __all__ = ['Plan', 'Pushed', 'check_target', 'prepare', 'push']
 
+CARD = 'README.md'
 _OWN = ('.eval_results/', 'test/', 'training/')  # what the repository has there, and the folder has not, is removed
 
 
@@ -106,15 +107,23 @@ def prepare(directory: str | Path, repo: str) -> Plan:
         check_export(directory)
     except Exception as error:  # of any kind, since the tensors come from a file
         raise WeightsError(f"'{directory}': {' '.join(str(error).split())[:200]}") from error
-    if 'README.md' in names:
+    if CARD in names:
         try:
-            card = ModelCard((directory / 'README.md').read_text(encoding='utf-8'))
+            card = ModelCard((directory / CARD).read_text(encoding='utf-8'))
         except Exception as error:  # of the YAML parser, the decoder, or the client's own
             reason = ' '.join(str(error).split())[:150]
-            raise WeightsError(f"'{directory}', README.md: its front matter cannot be read ({reason}).") from error
+            raise WeightsError(f"'{directory}', {CARD}: its front matter cannot be read ({reason}).") from error
         if card.data.get('library_name') != 'timm':
-            raise WeightsError(f"'{directory}', README.md: its front matter must say 'library_name: timm'.")
-    return Plan(directory, repo, {name: (directory / name).stat().st_size for name in names})
+            raise WeightsError(f"'{directory}', {CARD}: its front matter must say 'library_name: timm'.")
+    sizes = {name: (directory / name).stat().st_size for name in names}
+    if CARD in sizes:
+        sizes[CARD] = len(_card(directory, repo))
+    return Plan(directory, repo, sizes)
+
+
+def _card(directory: Path, repo: str) -> bytes:
+    """The card, whose lines of use name the repository."""
+    return (directory / CARD).read_bytes().replace(b'hf-hub:USER/NAME', f'hf-hub:{repo}'.encode())
 
 
 def _stale(plan: Plan, present: set[str]) -> list[CommitOperationDelete]:
@@ -175,7 +184,9 @@ def push(
         raise ValueError('A pull request has no commit of the repository yet that could get a tag: give it later.')
     plan = prepare(directory, repo)
     check_target(repo)
-    added = [CommitOperationAdd(name, plan.directory / name) for name in plan.files]
+    added = [
+        CommitOperationAdd(name, _card(plan.directory, repo) if name == CARD else plan.directory / name)
+        for name in plan.files]
     api, created = HfApi(), False
     try:
         created = not create_pr and _create(api, repo, private)

@@ -55,7 +55,8 @@ def test_another_process_loads_what_was_pushed(hub, folder, tmp_path, capsys):
     repo = hub.repositories[NAME]
     assert repo.private and len(repo.commits) == 2 and repo.tags['v1'] == repo.refs['main']
     assert {path: content for path, content in repo.commits[-1][1].items() if path != '.gitattributes'} == {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+        path.relative_to(folder).as_posix(): path.read_bytes().replace(b'hf-hub:USER/NAME', f'hf-hub:{NAME}'.encode())
+        for path in folder.rglob('*') if path.is_file()}
     code = (
         'import sys, timm, torch\n'
         'from safetensors.torch import load_file\n'
@@ -83,6 +84,19 @@ def test_a_second_push_is_no_commit(hub, folder):
     third = push(folder, NAME)
     assert third.changed and len(hub.repositories[NAME].commits) == 3 and hub.calls('PUT') == uploads
     assert hub.repositories[NAME].commits[-1][1]['README.md'].endswith(b'# Edited\n')
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_the_card_names_its_repository(hub, folder):
+    """The lines of use in the card that was sent are those of the repository; the folder is left as it was."""
+    before = (folder / 'README.md').read_bytes()
+    push(folder, NAME)
+    sent = hub.repositories[NAME].commits[-1][1]['README.md']
+    assert f"'hf-hub:{NAME}'".encode() in sent
+    assert b'USER/NAME' not in sent
+    assert (folder / 'README.md').read_bytes() == before
+    assert prepare(folder, NAME).files['README.md'] == len(sent)
+    assert not push(folder, NAME).changed
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -183,7 +197,7 @@ def test_dry_run(hub, folder, capsys):
     assert main(['push', str(folder), NAME, '--dry-run']) == 0
     out = capsys.readouterr().out
     for path in folder.rglob('*'):
-        if path.is_file():
+        if path.is_file() and path.name != 'README.md':  # it gets the repository's name
             assert re.search(rf'{path.stat().st_size:,}  {re.escape(path.relative_to(folder).as_posix())}\n', out)
     assert 'nothing was sent' in out and not hub.requests
 
