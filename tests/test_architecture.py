@@ -43,8 +43,9 @@ ALLOWED = {
     'data': {'errors'},
     'audit': CORE | {'layers', 'models', 'data', 'hub', 'errors', 'version'},
     'hub': CORE | {'layers', 'models', 'data', 'errors', 'version'},
-    'train': CORE | {'layers', 'models', 'data', 'hub', 'version', 'errors'},
-    'cli': CORE | {'layers', 'models', 'data', 'hub', 'audit', 'train', 'version', 'errors'},
+    'reid': CORE | {'layers', 'models', 'data', 'hub', 'errors', 'version'},
+    'train': CORE | {'layers', 'models', 'data', 'hub', 'reid', 'version', 'errors'},
+    'cli': CORE | {'layers', 'models', 'data', 'hub', 'audit', 'reid', 'train', 'version', 'errors'},
     '__init__': CORE | {'models', 'version'},
     '__main__': {'cli'},
 }
