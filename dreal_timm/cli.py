@@ -263,6 +263,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument('--message', metavar='TEXT', default='', help='message of the commit')
     push.set_defaults(function=_push)
 
+    from dreal_timm.reid.command import add_commands
+    add_commands(commands.add_parser('reid', help='person re-identification'))
+
     recipes = commands.add_parser('recipes', help='list the recipes of the package, or copy one')
     recipes.add_argument('--copy', metavar='NAME', default='', help='recipe to copy')
     recipes.add_argument('--keys', action='store_true', help='list the keys of a recipe with their defaults')

@@ -55,6 +55,7 @@ PACKAGES = {  # beside the standard library, torch and timm
     'audit': {'PIL', 'matplotlib', 'numpy', 'safetensors', 'scipy', 'tqdm'},
     'hub': {'huggingface_hub', 'onnxruntime', 'safetensors', 'yaml'},
     'norms': {'torchvision'},
+    'reid': {'PIL'},
     'errors': {'safetensors'},
     'cli': {'yaml'},
 }

@@ -1,0 +1,206 @@
+"""Data sets of person re-identification: every layout, its rules, and what is found before a training"""
+import csv
+import json
+
+import pytest
+from reid.pictures import PEOPLE, SPLIT, market, rows, save
+
+from dreal_timm.cli import main
+from dreal_timm.reid import check_reid, layouts, open_reid, unanswered
+
+
+def counted(data):
+    return {split: sorted((image.pid, image.camid) for image in getattr(data, split)) for split in layouts.SPLITS}
+
+
+def expected():
+    return {
+        SPLIT[folder]: sorted((pid, camid) for pid, camid, count in people for _ in range(count) if pid >= 0)
+        for folder, people in PEOPLE.items()}
+
+
+def table(root, names=False, **changes):
+    """A table of the same images, which are written too."""
+    for path, pid, camid, _ in rows():
+        save(root / path, pid, camid, 0)
+    with (root / 'images.csv').open('w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(changes.get('columns', ['path', 'pid', 'camid', 'split']))
+        writer.writerows([*rows(names), *changes.get('more', ())])
+    return root
+
+
+def msmt(root):
+    """Lists and folders of MSMT17."""
+    lists = {'train': [], 'val': [], 'query': [], 'gallery': []}
+    for name, pid, camid, count in (
+        ('train', 0, 1, 3), ('train', 1, 15, 2), ('val', 1, 2, 1), ('query', 0, 1, 1), ('gallery', 0, 12, 2),
+        ('gallery', 1, 3, 1),
+    ):
+        for _ in range(count):
+            relative = f'{pid:04}/{pid:04}_{len(lists[name]):03}_{camid:02}_0303morning_0008_0.jpg'
+            folder = 'train' if name in ('train', 'val') else 'test'
+            save(root / folder / relative, pid, camid, 0)
+            lists[name].append(f'{relative} {pid}\n')
+    for name, lines in lists.items():
+        (root / f'list_{name}.txt').write_text(''.join(lines))
+    return root
+
+
+def test_market1501(tmp_path):
+    """Junk is dropped, distractors stay in the gallery, cameras come from the names, labels from sorted identities."""
+    data = open_reid(market(tmp_path))
+    assert data.layout == 'market1501'
+    assert counted(data) == expected()
+    assert data.junk == 3
+    assert sum(image.pid == 0 for image in data.gallery) == 2
+    assert data.identities() == [2, 7, 10]
+    assert data.train[0].path.name == '0002_c1s1_000000_01.jpg'
+    assert 'train 18 (published: 12,936)' in data.notes[0]
+
+
+def test_extra_images_of_multi_query(tmp_path):
+    """gt_bbox gives the images of the queries' identities and cameras."""
+    market(tmp_path)
+    for number, (pid, camid) in enumerate(((1, 1), (1, 1), (1, 3), (4, 3), (9, 1))):
+        save(tmp_path / 'gt_bbox' / f'{pid:04}_c{camid}s1_{number:06}_00.jpg', pid, camid, 0)
+    assert sorted((image.pid, image.camid) for image in open_reid(tmp_path).extra) == [(1, 1), (1, 1), (4, 3)]
+
+
+def test_dukemtmc(tmp_path):
+    """Duke's names are told from Market's, and its counts are compared."""
+    for folder, people in PEOPLE.items():
+        for pid, camid, count in people:
+            for number in range(count if pid > 0 else 0):
+                save(tmp_path / folder / f'{pid:04}_c{camid}_f{number:07}.jpg', pid, camid, number)
+    data = open_reid(tmp_path)
+    assert data.layout == 'dukemtmc'
+    assert len(data.train) == 18
+    assert '16,522' in data.notes[0]
+    assert open_reid(tmp_path, 'market1501').layout == 'market1501'
+
+
+def test_msmt17(tmp_path):
+    """Lists are read, validation is trained on, and the identities of the test, which begin at 0 too, are others."""
+    data = open_reid(msmt(tmp_path))
+    assert data.layout == 'msmt17'
+    assert [len(getattr(data, split)) for split in layouts.SPLITS] == [6, 1, 3]
+    assert data.identities() == [0, 1]
+    assert {image.camid for image in data.train} == {1, 15, 2}
+    assert data.query[0].pid in {image.pid for image in data.gallery}
+    assert not {0, 1} & {image.pid for image in (*data.query, *data.gallery)}
+    assert all(image.path.is_file() for split in layouts.SPLITS for image in getattr(data, split))
+
+
+@pytest.mark.parametrize('layout', ['', 'csv'])
+def test_table(tmp_path, layout):
+    """A table with numbers keeps their meaning, junk and distractors included."""
+    data = open_reid(table(tmp_path), layout)
+    assert counted(data) == expected()
+    assert data.junk == 3
+    assert counted(open_reid(tmp_path / 'images.csv')) == counted(data)
+
+
+def test_names_in_place_of_numbers(tmp_path):
+    """Identities and cameras of a table may have any names: the same name is the same identity in every split."""
+    data = open_reid(table(tmp_path, names=True))
+    assert len({image.pid for image in data.query} & {image.pid for image in data.gallery}) == 3
+    assert min(image.pid for split in layouts.SPLITS for image in getattr(data, split)) == 1  # none is a distractor
+    assert {image.camid for image in data.train} == {0, 1, 2}
+
+
+def test_folders(tmp_path):
+    """SPLIT/IDENTITY/CAMERA/IMAGE."""
+    for number, (_, pid, camid, split) in enumerate(rows()):
+        save(tmp_path / split / str(pid) / f'c{camid}' / f'{number}.png', pid, camid, number)
+    data = open_reid(tmp_path)
+    assert data.layout == 'folders'
+    # cameras are numbered from 0 by their names
+    assert counted(data) == {split: [(pid, camid - 1) for pid, camid in pairs] for split, pairs in expected().items()}
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    ('nowhere', "No folder '"), ('empty', 'has none of the layouts'), ('layout', "Unknown layout 'cuhk03'"),
+    ('no query', "query' is missing"), ('no images', "the split 'query' has no image"),
+    ('name', 'does not begin with identity and camera'), ('column', "has no column 'camid'"),
+    ('split', "split must be one of train, query, gallery, got 'test'"), ('outside', "'../other.png' is outside of"),
+    ('blank', 'path, pid, camid or split is empty'), ('two tables', 'has 2 tables'),
+    ('no camera', 'lies in no folder of a camera'),
+])
+def test_errors(tmp_path, capsys, change, message):
+    """What is not of the layout is one line, with the file or the line of the table, and the code 2."""
+    root, layout = tmp_path / 'data', []
+    root.mkdir()
+    if change == 'nowhere':
+        root = tmp_path / 'nowhere'
+    elif change == 'layout':
+        layout = ['--layout', 'cuhk03']
+    elif change in ('no query', 'no images', 'name'):
+        market(root)
+        for path in (root / 'query').iterdir():
+            path.unlink()
+        if change == 'no query':
+            (root / 'query').rmdir()
+        elif change == 'name':
+            save(root / 'query' / 'photo.jpg', 1, 1, 1)
+    elif change == 'no camera':
+        for split in layouts.SPLITS:
+            save(root / split / '1' / '1.png', 1, 1, 1)
+    elif change != 'empty':
+        more = {'split': [('a.png', 1, 1, 'test')], 'outside': [('../other.png', 1, 1, 'query')],
+                'blank': [('a.png', '', 1, 'query')]}.get(change, [])
+        columns = ['path', 'pid', 'camera' if change == 'column' else 'camid', 'split']
+        table(root, more=more, columns=columns)
+        if change == 'two tables':
+            (root / 'more.csv').write_text('')
+    try:
+        code = main(['reid', 'check', str(root), *layout])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error or (change == 'layout' and 'invalid choice' in error)
+
+
+def test_check(tmp_path, capsys):
+    """Queries that nothing answers, few images, known identities and broken files are named."""
+    market(tmp_path)
+    (tmp_path / 'query' / '0003_c1s1_000000_01.jpg').write_bytes(b'\xff\xd8\xff no image')
+    save(tmp_path / 'bounding_box_test' / '0007_c2s1_000000_01.jpg', 7, 2, 0)
+    check = check_reid(open_reid(tmp_path), images_per_identity=8)
+    assert check.counts == {
+        'train': {'identities': 3, 'images': 18, 'cameras': 3}, 'query': {'identities': 3, 'images': 4, 'cameras': 3},
+        'gallery': {'identities': 5, 'images': 12, 'cameras': 3}}
+    lost, few, known, broken = check.problems
+    assert '1 of 4 queries have no image of another camera' in lost and '0004_c3s1_000000_01.jpg' in lost
+    assert '2 of 3 identities' in few and few.endswith(': 2, 7')
+    assert '1 identities are in the training split and in the test' in known and known.endswith(': 7')
+    assert '1 images cannot be read' in broken and '0003_c1s1_000000_01.jpg' in broken
+    assert main(['reid', 'check', str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert all(f'problem: {problem}' in out for problem in check.problems)
+    assert '3 images of identity -1 (junk) are left out' in out
+    assert main(['reid', 'check', str(tmp_path), '--json']) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told['problems'] == list(check.problems)
+    assert told['counts'] == check.counts
+
+
+def test_nothing_is_wrong(tmp_path, capsys):
+    """A data set without a problem ends with 0."""
+    people = {
+        'bounding_box_train': [(1, 1, 4), (2, 2, 4)], 'query': [(3, 1, 1)], 'bounding_box_test': [(3, 2, 1)]}
+    market(tmp_path, people)
+    assert main(['reid', 'check', str(tmp_path), '--images', '4']) == 0
+    assert 'problem' not in capsys.readouterr().out
+
+
+def test_one_camera(tmp_path):
+    """With one camera the answer is the other rule, by which the queries have answers."""
+    people = {
+        'bounding_box_train': [(1, 1, 4), (2, 1, 4)], 'query': [(3, 1, 1), (4, 1, 1)],
+        'bounding_box_test': [(3, 1, 1)]}
+    data = open_reid(market(tmp_path, people))
+    assert 'use --camera-rule ignore' in check_reid(data, 4).problems[0]
+    assert [image.pid for image in unanswered(data, 'ignore')] == [4]
+    assert '1 of 2 queries have no image in the gallery' in check_reid(data, 4, 'ignore').problems[0]
