@@ -55,7 +55,7 @@ def table(input_size: tuple[int, int, int]) -> Iterator[str]:
     """Yield the lines of the table, one model at a time, for images of input_size (C, H, W)."""
     yield f'| {" | ".join(COLUMNS)} |'
     yield f'|{"|".join(["---"] + ["---:"] * (len(COLUMNS) - 1))}|'
-    for name in timm.list_models('dreal_*'):
+    for name in timm.list_models('dreal_*_resnet*'):
         model = timm.create_model(name, device='meta')
         parameters = count_parameters(model)
         critic = count_critic(model, input_size)

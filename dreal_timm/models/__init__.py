@@ -1,1 +1,2 @@
 from .dreal_resnet import *
+from .reid import *
