@@ -48,6 +48,7 @@ def launch(config: SimpleNamespace) -> Accelerator:
         log_with=config.log_with,
         project_config=ProjectConfiguration(logging_dir=config.output or 'output/train'),
     )
+    accelerator.wait_for_everyone()  # or one that stops at a setting resets the connection of one that still connects
     device = accelerator.device
     if config.device not in (None, 'cpu', device.type):
         hint = ' (CUDA_VISIBLE_DEVICES chooses one of several)' if ':' in config.device else ''
