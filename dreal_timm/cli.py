@@ -114,6 +114,17 @@ def _export_format(args: argparse.Namespace) -> None:
     print(f"exported {folder}\nlargest difference of a logit: {', '.join(found)}")
 
 
+def _measure(network: Any, data_dir: str, dataset: str, split: str) -> dict[str, Any]:
+    """Validate a classifier, or evaluate an embedding network."""
+    from dreal_timm.models.reid import ReidNetwork
+    if isinstance(network, ReidNetwork):
+        from dreal_timm.reid import open_reid
+        from dreal_timm.reid.evaluation import evaluate_network
+        return evaluate_network(network, open_reid(data_dir, dataset.removeprefix('reid/')))[0]
+    from dreal_timm.train.validate import measure
+    return measure(network, data_dir, dataset, split)
+
+
 def _export(args: argparse.Namespace) -> None:
     if args.format != 'timm':
         _export_format(args)
@@ -121,8 +132,7 @@ def _export(args: argparse.Namespace) -> None:
     from dreal_timm.hub import export_run
     measure = None
     if args.data:
-        from dreal_timm.train.validate import measure as measure_network
-        measure = partial(measure_network, data_dir=args.data, dataset=args.dataset, split=args.split)
+        measure = partial(_measure, data_dir=args.data, dataset=args.dataset, split=args.split)
     folder = export_run(
         args.source, args.directory, args.weights, args.half,
         results=args.results, control=args.control, measure=measure)
@@ -163,12 +173,17 @@ def _recipes(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> None:
-    from dreal_timm.data import prepare_digits, prepare_fashion_mnist
-    if args.name == 'digits':
+    from dreal_timm.data import prepare_digits, prepare_fashion_mnist, prepare_glyphs
+    if args.name == 'glyphs':
+        counts = prepare_glyphs(args.directory, args.source)
+        parts = f"{counts['query']:,} queries, {counts['gallery']:,} in the gallery"
+    elif args.name == 'digits':
         counts = prepare_digits(args.directory)
+        parts = f"{counts['validation']:,} to validate on"
     else:
         counts = prepare_fashion_mnist(args.directory, args.source)
-    print(f"{args.directory}: {counts['train']:,} images to train on, {counts['validation']:,} to validate on")
+        parts = f"{counts['validation']:,} to validate on"
+    print(f"{args.directory}: {counts['train']:,} images to train on, {parts}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -273,9 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     recipes.set_defaults(function=_recipes)
 
     data = commands.add_parser('data', help='prepare a small real data set')
-    data.add_argument('name', choices=('digits', 'fashion-mnist'), help='data set')
+    data.add_argument('name', choices=('digits', 'fashion-mnist', 'glyphs'), help='data set')
     data.add_argument('directory', metavar='DIR', help='folder to write')
-    data.add_argument('--source', metavar='DIR', default=None, help='folder with the gz files of Fashion-MNIST')
+    data.add_argument('--source', metavar='DIR', default=None, help='gz files of Fashion-MNIST, or fonts of the glyphs')
     data.set_defaults(function=_data)
     return parser
 

@@ -50,12 +50,12 @@ ALLOWED = {
     '__main__': {'cli'},
 }
 PACKAGES = {  # beside the standard library, torch and timm
-    'train': {'accelerate', 'tqdm', 'yaml'},
-    'data': {'numpy', 'PIL', 'sklearn', 'torchvision'},
+    'train': {'accelerate', 'torchvision', 'tqdm', 'yaml'},
+    'data': {'numpy', 'PIL', 'matplotlib', 'sklearn', 'torchvision'},
     'audit': {'PIL', 'matplotlib', 'numpy', 'safetensors', 'scipy', 'tqdm'},
     'hub': {'huggingface_hub', 'onnxruntime', 'safetensors', 'yaml'},
     'norms': {'torchvision'},
-    'reid': {'PIL'},
+    'reid': {'PIL', 'pytorch_metric_learning'},
     'errors': {'safetensors'},
     'cli': {'yaml'},
 }

@@ -66,6 +66,7 @@ def _network(directory: Path) -> tuple[int, float, list[int]]:
 def _title(architecture: str, reinforced: bool | None, data: str) -> str:
     match = re.fullmatch('(?:dreal_)?(se|cbam|srm)_?resnet([0-9]+)', architecture)
     name = f'{match[1].upper()}-ResNet-{match[2]}' if match else architecture
+    name = 'Embedding network' if architecture == 'dreal_reid' else name
     return f"{name}{', reinforced' if reinforced else ''}{f', {data}' if data else ''}"
 
 
@@ -73,19 +74,31 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
 
 
-def _rows(results: Mapping[str, Any], control: Mapping[str, Any]) -> list[dict[str, str]]:
+def _columns(results: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """Key, title and digits of each number that is told."""
+    if 'mAP' in results:
+        return [('mAP', 'mAP %', 2), ('rank1', 'rank-1 %', 2), ('rank5', 'rank-5 %', 2), ('mINP', 'mINP %', 2)]
+    return [('top1', 'top-1 %', 2), ('top5', 'top-5 %', 2), ('loss', 'loss', 4)]
+
+
+def _rows(results: Mapping[str, Any], control: Mapping[str, Any]) -> list[dict[str, Any]]:
     named = [('this network', results), ('plain, the same settings', control)]
     return [
-        {'name': name, 'top1': f"{told['top1']:.2f}", 'top5': f"{told['top5']:.2f}", 'loss': f"{told['loss']:.4f}"}
+        {'name': name, 'values': [f'{told[key]:.{digits}f}' for key, _, digits in _columns(results)]}
         for name, told in named if told]
 
 
 def _notes(results: Mapping[str, Any], control: Mapping[str, Any], float32: Mapping[str, Any]) -> list[str]:
     lines = []
     if float32:
-        change = results['top1'] - float32['top1']
-        lines.append(f"In float32, before the weights were rounded: {float32['top1']:.2f} top-1 ({change:+.2f} since).")
-    if control:
+        key, name, _ = _columns(results)[0]
+        change, name = results[key] - float32[key], name.removesuffix(' %')
+        lines.append(f'In float32, before the weights were rounded: {float32[key]:.2f} {name} ({change:+.2f} since).')
+    if 'settings' in results:
+        lines.append(f"Evaluated with {', '.join(f'{name} {value}' for name, value in results['settings'].items())}.")
+    if control and 'mAP' in control:
+        lines.append(f"This network less the plain one: {results['mAP'] - control['mAP']:+.2f} points of mAP.")
+    elif control:
         error = 100 * sum(r['top1'] / 100 * (1 - r['top1'] / 100) / r['samples'] for r in (results, control)) ** 0.5
         lines.append(
             f"This network less the plain one: {results['top1'] - control['top1']:+.2f} points of top-1; the standard "
@@ -126,6 +139,12 @@ def _cost(probe: Any, record: Any, control: Any) -> str:
     return line + f', and {other:,.1f} s of the plain network, on a device of that name: {median / other:.2f} times.'
 
 
+def _data_line(results: Mapping[str, Any], data: str) -> str:
+    if 'mAP' in results:
+        return f"{results['queries']:,} queries in {results['samples']:,} images of {data} with queries."
+    return f"{results['samples']:,} images of the split '{results['split']}' of {data}."
+
+
 def write_card(directory: str | Path) -> None:
     """Write `README.md`, and `.eval_results/` where the data set is known to the Hub, from what a folder holds.
 
@@ -164,17 +183,20 @@ def write_card(directory: str | Path) -> None:
         told += [(f'dreal.{key}', dreal[key]) for key in _REINFORCED if dreal.get(key) not in (None, '')]
     weights = {'ema': 'a moving average of the training\'s weights', 'raw': 'the weights themselves'}
     epoch = checkpoint.get('epoch')
+    embedding = architecture == 'dreal_reid'
+    task = 'image-feature-extraction' if embedding else 'image-classification'
     front = ModelCardData(
         library_name='timm', license=(config.get('pretrained_cfg') or {}).get('license') or 'apache-2.0',
-        pipeline_tag='image-classification', tags=['image-classification', 'timm', 'dreal'],
+        pipeline_tag=task, tags=[task, *(['person-re-identification'] if embedding else []), 'timm', 'dreal'],
         datasets=[data_id] if data_id else None,
         model_name=title if results else None,
         eval_results=[
             EvalResult(
-                'image-classification', data_id or name or 'imagefolder', data, key, results[key],
-                metric_name=metric, dataset_split=results['split'],
-                task_name='Image classification')
-            for key, metric in (('top1', 'top-1 accuracy (%)'), ('top5', 'top-5 accuracy (%)'))] if results else None,
+                task, data_id or name or 'imagefolder', data, key, results[key], metric_name=metric,
+                dataset_split=results['split'], task_name='Re-identification' if embedding else 'Image classification')
+            for key, metric in (
+                [('mAP', 'mAP (%)'), ('rank1', 'rank-1 (%)')] if embedding else
+                [('top1', 'top-1 accuracy (%)'), ('top5', 'top-5 accuracy (%)')])] if results else None,
     )
     card = ModelCard.from_template(
         front, template_str=_template().read_text(encoding='utf-8'),
@@ -182,18 +204,21 @@ def write_card(directory: str | Path) -> None:
         dataset=data, reinforced=reinforced, architecture=architecture, parameters=f'{parameters:,}',
         gmacs=f'{gmacs:.3f}', input=' x '.join(map(str, size)), mode='L' if size[0] == 1 else 'RGB',
         dtype=str(next(t for t in state.values() if t.is_floating_point()).dtype).removeprefix('torch.'),
+        backbone=(config.get('model_args') or {}).get('backbone', 'dreal_cbam_resnet50'),
         data_license=data_license, rows=_rows(results, control) if results else [],
-        data_line=f"{results['samples']:,} images of the split '{results['split']}' of {data}." if results else '',
+        data_line=_data_line(results, data) if results else '', embedding=embedding,
+        columns=[name for _, name, _ in _columns(results)],
         notes=_notes(results, control, _read(training / 'float32.json')) if results else [],
         control=bool(control), settings=told, summary=(training / 'summary.csv').is_file(),
         extra_import=', dreal_timm' if architecture.startswith('dreal_') else '',
         weights_line='' if epoch is None else
         f"These are {weights[checkpoint['weights']]} after epoch {epoch + 1}, the checkpoint that was exported.",
         made_with=_made_with(record), cost_line=_cost(dreal.get('probe'), record, control.get('run')),
-        chosen=bool(results) and epoch is not None and results['split'] == settings.get('val_split'),
+        chosen=bool(results) and epoch is not None and settings.get('eval_metric') != 'epoch' and (
+            embedding or results['split'] == settings.get('val_split')),
     )
     (directory / 'README.md').write_text(re.sub('\n{3,}', '\n\n', str(card)).rstrip() + '\n', encoding='utf-8')
-    if results and data_id:
+    if results and data_id and not embedding:
         folder = directory / '.eval_results'
         folder.mkdir(exist_ok=True)
         entries = eval_result_entries_to_yaml([EvalResultEntry(

@@ -14,6 +14,11 @@ _KEYS = {
     'architecture': str, 'weights_sha256': str, 'dataset': str, 'split': str, 'samples': int,
     'loss': float, 'top1': float, 'top5': float,
 }
+# of dreal-timm reid eval
+_REID_KEYS = {
+    'architecture': str, 'weights_sha256': str, 'dataset': str, 'split': str, 'samples': int, 'settings': dict,
+    'mAP': float, 'rank1': float,
+}
 # settings that two runs of one recipe may differ in
 _FREE = (
     'dreal', 'output', 'experiment', 'resume', 'stop_epoch', 'log_with', 'log_kwargs', 'log_interval', 'data_dir',
@@ -38,7 +43,7 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """Return what `dreal-timm validate --results` wrote.
+    """Return what `dreal-timm validate --results` or `dreal-timm reid eval --results` wrote.
 
     Raises:
         FileNotFoundError: No such file.
@@ -48,9 +53,11 @@ def read_results(path: str | Path) -> dict[str, Any]:
         results = json.loads(Path(path).read_text(encoding='utf-8'))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"'{path}' is no JSON ({error}).") from error
-    for key, kind in _KEYS.items():
+    reid = isinstance(results, dict) and 'mAP' in results
+    for key, kind in (_REID_KEYS if reid else _KEYS).items():
         if not isinstance(results, dict) or not isinstance(results.get(key), kind):
-            raise ValueError(f"'{path}' has no '{key}': write it with dreal-timm validate --results.")
+            command = 'reid eval' if reid else 'validate'
+            raise ValueError(f"'{path}' has no '{key}': write it with dreal-timm {command} --results.")
     return results
 
 
@@ -76,9 +83,10 @@ def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_control(results: Mapping[str, Any], control: Mapping[str, Any]) -> None:
     """Raise a ValueError if a control is not the plain network of the same settings, measured on the same images."""
-    for key in ('architecture', 'dataset', 'split', 'samples'):
-        if results[key] != control[key]:
-            raise ValueError(f"control: its {key} is {control[key]!r}, but {results[key]!r} is that of the network.")
+    for key in ('architecture', 'dataset', 'split', 'samples', 'settings'):
+        if results.get(key) != control.get(key):
+            raise ValueError(
+                f"control: its {key} is {control.get(key)!r}, but {results.get(key)!r} is that of the network.")
     trained, plain = results.get('training'), control.get('training')
     if not trained or not plain:
         raise ValueError('control: results tell of no training settings: validate the folders that the runs exported.')

@@ -14,6 +14,7 @@ from torch import nn
 from dreal_timm.hub.export import export, halved
 from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.hub.results import read_results, shared_settings
+from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.version import __version__
 
 __all__ = ['NETWORK', 'WEIGHTS', 'export_run', 'read_network']
@@ -155,6 +156,8 @@ def export_run(
     if Path(directory).exists():
         raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
     model, checkpoint, run, taken = _read(source, weights)
+    if isinstance(model, ReidNetwork):
+        model.reset_classifier(0)  # an embedding: nobody else has these identities
     config = model.pretrained_cfg
     trained = None
     if (run / 'args.yaml').is_file():

@@ -129,7 +129,8 @@ class ReidNetwork(nn.Module):
         if last_stride == 1:
             remove_last_stride(self.backbone, (in_chans, 128, 128))
         self.num_features = self.head_hidden_size = self.backbone.num_features
-        self.num_classes, self.drop_rate, self.pool_type = num_classes, drop_rate, global_pool
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.drop_rate, self.pool_type = drop_rate, global_pool
         self.global_pool = GemPool() if global_pool == 'gem' else nn.Identity()
         self.neck = nn.BatchNorm1d(self.num_features) if neck else nn.Identity()
         if neck:

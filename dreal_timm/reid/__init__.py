@@ -2,6 +2,9 @@
 from .checking import Check as Check
 from .checking import check_reid as check_reid
 from .checking import unanswered as unanswered
+from .evaluation import embed as embed
+from .evaluation import evaluate_reid as evaluate_reid
+from .evaluation import extract_features as extract_features
 from .layouts import ReidData as ReidData
 from .layouts import ReidImage as ReidImage
 from .layouts import open_reid as open_reid
@@ -9,5 +12,10 @@ from .metrics import Retrieval as Retrieval
 from .metrics import pool_queries as pool_queries
 from .metrics import retrieve as retrieve
 from .metrics import score as score
+from .objective import IdentityLoss as IdentityLoss
+from .pictures import Ranking as Ranking
+from .pictures import draw_rankings as draw_rankings
+from .pictures import rank_queries as rank_queries
 from .reranking import rerank as rerank
 from .sampling import PKSampler as PKSampler
+from .searching import search as search

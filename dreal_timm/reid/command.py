@@ -1,11 +1,16 @@
 """`dreal-timm reid ...`"""
 import argparse
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dreal_timm.reid.checking import check_reid
+from dreal_timm.reid.evaluation import evaluate_reid
 from dreal_timm.reid.layouts import LAYOUTS, open_reid
-from dreal_timm.reid.metrics import CAMERA_RULES
+from dreal_timm.reid.metrics import CAMERA_RULES, METRICS
+from dreal_timm.reid.pictures import draw_rankings, rank_queries
+from dreal_timm.reid.searching import search
 
 __all__ = ['add_commands']
 
@@ -23,6 +28,63 @@ def _check(args: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
+def _eval(args: argparse.Namespace) -> None:
+    for path in (args.results, args.picture):
+        if path and (Path(path).exists() or not Path(path).parent.is_dir()):
+            raise FileExistsError(f"'{path}' exists, or its folder does not.")
+    if len(args.data) > 1 and args.picture:
+        raise ValueError('--picture: draws the lists of one data set.')
+    told, rows = [], []
+    for place in args.data:
+        results, data, query, gallery = evaluate_reid(
+            args.model, place, args.layout, metric=args.metric, camera_rule=args.camera_rule, flip=not args.no_flip,
+            reranked=args.rerank, multi_query=args.multi_query, batch_size=args.batch_size, workers=args.workers,
+            device=args.device)
+        told.append(results)
+        rows.append((str(place), results))
+        if args.picture:
+            count = min(args.lists, len(data.query))
+            numbers = [i * len(data.query) // count for i in range(count)]
+            draw_rankings(rank_queries(
+                query, gallery, data, numbers, metric=args.metric, camera_rule=args.camera_rule), args.picture)
+    text = json.dumps(told[0] if len(told) == 1 else told, indent=2)
+    print(text if args.json else _table(rows))
+    if args.results:
+        Path(args.results).write_text(text + '\n', encoding='utf-8')
+
+
+def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    width = max(len('data'), *(len(name) for name, _ in rows))
+    lines = [f"{'data':{width}} {'mAP':>7} {'rank-1':>7} {'rank-5':>7} {'rank-10':>8} {'rank-20':>8} {'mINP':>7} "
+             f"{'queries':>8} {'skipped':>8}"]
+    lines += [
+        f"{name:{width}} {found['mAP']:7.2f} {found['rank1']:7.2f} {found['rank5']:7.2f} {found['rank10']:8.2f} "
+        f"{found['rank20']:8.2f} {found['mINP']:7.2f} {found['queries']:8,} {found['skipped']:8,}"
+        for name, found in rows]
+    return '\n'.join(lines)
+
+
+def _search(args: argparse.Namespace) -> None:
+    if args.picture and (Path(args.picture).exists() or not Path(args.picture).parent.is_dir()):
+        raise FileExistsError(f"--picture: '{args.picture}' exists, or its folder does not.")
+    rankings = search(
+        args.model, args.query, args.gallery, args.top, args.metric, not args.no_flip, args.batch_size, args.workers,
+        args.device)
+    if args.json:
+        print(json.dumps([
+            {'query': str(ranking.query), 'found': [
+                {'path': str(path), 'distance': distance}
+                for path, distance in zip(ranking.found, ranking.distances, strict=True)]}
+            for ranking in rankings], indent=2))
+    else:
+        for ranking in rankings:
+            print(ranking.query)
+            for rank, (path, distance) in enumerate(zip(ranking.found, ranking.distances, strict=True), 1):
+                print(f'{rank:4} {distance:9.4f}  {path}')
+    if args.picture:
+        draw_rankings(rankings, args.picture)
+
+
 def add_commands(reid: argparse.ArgumentParser) -> None:
     """Add the commands of re-identification to their parser."""
     commands: Any = reid.add_subparsers(dest='reid_command', required=True, metavar='COMMAND')
@@ -36,3 +98,32 @@ def add_commands(reid: argparse.ArgumentParser) -> None:
     check.add_argument('--workers', metavar='N', type=int, default=4, help='threads that read them (4)')
     check.add_argument('--json', action='store_true', help='print JSON')
     check.set_defaults(function=_check)
+
+    evaluate = commands.add_parser('eval', help='measure how well a network finds identities')
+    evaluate.add_argument(
+        'model', metavar='MODEL_OR_DIR', help='folder of a run, exported folder, hf-hub:USER/NAME, or name of a model')
+    evaluate.add_argument(
+        '--data', metavar='DIR', nargs='+', required=True, help='data sets; others than its own are cross-domain')
+    evaluate.add_argument('--layout', choices=tuple(LAYOUTS), default='', help='what they are (looks what they are)')
+    evaluate.add_argument(
+        '--camera-rule', choices=CAMERA_RULES, default='exclude', help="answers of the query's own camera (exclude)")
+    evaluate.add_argument('--rerank', action='store_true', help='k-reciprocal re-ranking (k1 20, k2 6, weight 0.3)')
+    evaluate.add_argument('--multi-query', action='store_true', help='pool the queries of an identity and a camera')
+    evaluate.add_argument('--results', metavar='FILE', default='', help='write the results to a JSON file as well')
+    evaluate.add_argument('--lists', metavar='N', type=int, default=8, help='ranked lists of the picture (8)')
+    evaluate.set_defaults(function=_eval)
+
+    find = commands.add_parser('search', help='find the images of a folder that are most like a query')
+    find.add_argument('model', metavar='MODEL_OR_DIR', help='as of eval')
+    find.add_argument('--query', metavar='FILE', nargs='+', required=True, help='images, or folders of them')
+    find.add_argument('--gallery', metavar='DIR', required=True, help='folder that is searched')
+    find.add_argument('--top', metavar='N', type=int, default=10, help='length of a list (10)')
+    find.set_defaults(function=_search)
+    for command in (evaluate, find):
+        command.add_argument('--metric', choices=METRICS, default='cosine', help='distance (cosine)')
+        command.add_argument('--no-flip', action='store_true', help='do not average features with the mirror image\'s')
+        command.add_argument('--batch-size', metavar='N', type=int, default=128, help='images a step (128)')
+        command.add_argument('--workers', metavar='N', type=int, default=2, help='loader processes (2)')
+        command.add_argument('--device', default=None, help='device (an accelerator where there is one)')
+        command.add_argument('--picture', metavar='FILE', default='', help='draw ranked lists')
+        command.add_argument('--json', action='store_true', help='print JSON')

@@ -19,6 +19,8 @@ from dreal_timm.attention import attention_parameters, find_sites
 from dreal_timm.errors import UNREADABLE, nearest
 from dreal_timm.hub.backbone import load_backbone, open_gates
 from dreal_timm.hub.loading import check_model_name
+from dreal_timm.models.reid import ReidNetwork
+from dreal_timm.reid.objective import IdentityLoss
 from dreal_timm.task import DrealTask
 from dreal_timm.train.loaders import mixes
 
@@ -28,6 +30,11 @@ __all__ = [
 
 
 _logger = logging.getLogger(__name__)
+
+# of the network, its data and its export
+_NOT_OF_THE_TASK = (
+    'task', 'freeze', 'backbone', 'gates', 'num_instances', 'crop', 'margin', 'triplet_weight', 'dist_metric',
+    'camera_rule', 'flip_test', 'push_to', 'push_private')
 
 
 def import_device_modules(config: SimpleNamespace) -> None:
@@ -48,8 +55,12 @@ def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
 
 def _start_backbone(config: SimpleNamespace, model: nn.Module) -> None:
     if config.dreal.backbone:
-        found = load_backbone(model, config.dreal.backbone, gates=config.dreal.gates)
+        network = model.backbone if isinstance(model, ReidNetwork) else model
+        found = load_backbone(network, config.dreal.backbone, gates=config.dreal.gates)
         _logger.info(f'backbone {config.dreal.backbone}: {found}')
+        for word, names in (('missing', found.missing), ('unused', found.unused)):
+            if len(names) > 3:  # the line before names them otherwise
+                _logger.info(f"{word}: {', '.join(names)}")
     elif config.dreal.gates == 'open':
         open_gates(model)
 
@@ -108,7 +119,7 @@ def build_model(config: SimpleNamespace) -> nn.Module:
 
 
 def freeze_backbone(model: Any, input_size: tuple[int, ...]) -> list[nn.Module]:
-    """Freeze all but the attention modules and the classifier.
+    """Freeze all but the attention modules and the classifier, of an embedding network also its neck.
 
     Returns:
         The batch norms that are frozen: they must be in evaluation mode while the rest trains, or their running
@@ -116,6 +127,9 @@ def freeze_backbone(model: Any, input_size: tuple[int, ...]) -> list[nn.Module]:
     """
     free = {id(p) for p in attention_parameters(model, find_sites(model, input_size)).values()}
     free |= {id(p) for p in model.get_classifier().parameters()}
+    if isinstance(model, ReidNetwork):
+        backbone = {id(p) for p in model.backbone.parameters()}
+        free |= {id(p) for p in model.parameters() if p.requires_grad and id(p) not in backbone}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in free
     return [
@@ -142,7 +156,11 @@ def build_task(
             bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh, pos_weight=config.bce_pos_weight)
     common: dict[str, Any] = dict(criterion_kwargs=loss, device=device, verbose=verbose)
     dreal = dict(vars(config.dreal))
-    for key in ('freeze', 'backbone', 'gates', 'push_to', 'push_private'):  # of the network, and of its export
+    if isinstance(model, ReidNetwork) and config.dreal.task == 'reid':
+        del common['criterion_kwargs']
+        common['criterion'] = IdentityLoss(
+            model, config.smoothing, config.dreal.margin, config.dreal.triplet_weight).to(device)
+    for key in _NOT_OF_THE_TASK:
         dreal.pop(key)
     if not dreal.pop('enabled'):
         return ClassificationTask(model, **common)

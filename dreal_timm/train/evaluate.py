@@ -8,7 +8,9 @@ from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ['evaluate']
+__all__ = ['METRICS', 'evaluate']
+
+METRICS = ('top1', 'top5', 'loss', 'epoch')  # that epochs can be ranked by
 
 
 @torch.inference_mode()

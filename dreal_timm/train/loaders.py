@@ -8,7 +8,7 @@ from timm.data import FastCollateMixup, Mixup, create_loader
 
 from dreal_timm.train.streams import check_shards, count_once, restart
 
-__all__ = ['build_loader', 'build_mixup', 'count_images', 'mixes', 'set_epoch']
+__all__ = ['augmentation', 'build_loader', 'build_mixup', 'count_images', 'mixes', 'set_epoch']
 
 
 def mixes(config: SimpleNamespace) -> bool:
@@ -47,7 +47,8 @@ def count_images(dataset: Any, processes: int) -> int:
     return len(dataset) * (processes if isinstance(dataset, torch.utils.data.IterableDataset) else 1)
 
 
-def _augmentation(config: SimpleNamespace) -> dict[str, Any]:
+def augmentation(config: SimpleNamespace) -> dict[str, Any]:
+    """Return the arguments of timm's training transform, less size, normalisation and interpolation."""
     return dict(
         no_aug=config.no_aug,
         train_crop_mode=config.train_crop_mode,
@@ -60,11 +61,9 @@ def _augmentation(config: SimpleNamespace) -> dict[str, Any]:
         grayscale_prob=config.grayscale_prob or 0.0,
         gaussian_blur_prob=config.gaussian_blur_prob or 0.0,
         auto_augment=config.aa,
-        num_aug_repeats=config.aug_repeats,
         re_prob=config.reprob,
         re_mode=config.remode,
         re_count=config.recount,
-        re_split=config.resplit,
     )
 
 
@@ -129,7 +128,9 @@ def build_loader(
         is_training=True,
         worker_seeding=config.worker_seeding,
         collate_fn=None if config.no_prefetcher else mixup,
-        **_augmentation(config),
+        num_aug_repeats=config.aug_repeats,
+        re_split=config.resplit,
+        **augmentation(config),
         **kwargs,
     )
     if hasattr(loader.sampler, 'seed'):  # of several processes: timm leaves it at 0
@@ -143,7 +144,8 @@ def set_epoch(config: SimpleNamespace, loader: Any, mixup: Any, epoch: int) -> N
         restart(loader.dataset, epoch)
     if hasattr(loader.dataset, 'set_epoch'):
         loader.dataset.set_epoch(epoch)
-    if hasattr(loader.sampler, 'set_epoch'):
-        loader.sampler.set_epoch(epoch)
+    for sampler in (loader.sampler, loader.batch_sampler):
+        if hasattr(sampler, 'set_epoch'):
+            sampler.set_epoch(epoch)
     if mixup is not None and config.mixup_off_epoch:
         mixup.mixup_enabled = epoch < config.mixup_off_epoch

@@ -2,7 +2,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,6 @@ from torch import nn
 from dreal_timm.task import DrealTask
 from dreal_timm.train.checkpoint import Checkpoints, write_summary
 from dreal_timm.train.config import to_dict
-from dreal_timm.train.evaluate import evaluate
 from dreal_timm.train.finite import FiniteWatch
 from dreal_timm.train.loaders import set_epoch
 from dreal_timm.train.progress import Meter, Progress
@@ -45,7 +44,7 @@ class Run:
         scheduler: timm's scheduler, or None.
         epochs: Number of epochs, warm-up and cool-down included.
         train_loader: Loader of the training split.
-        val_loader: Loader of the validation split, or None.
+        validate: Measures a network on the validation split, by name of the metric; None where nothing is validated.
         class_names: Names of the classes, where the data set knows them.
         directory: Folder of the run.
         checkpoints: Its checkpoints.
@@ -64,7 +63,7 @@ class Run:
     scheduler: Any
     epochs: int
     train_loader: Any
-    val_loader: Any
+    validate: Callable[[nn.Module], dict[str, float]] | None
     class_names: list[str] | None
     directory: Path
     checkpoints: Checkpoints
@@ -82,7 +81,8 @@ class Run:
     @property
     def eval_metric(self) -> str:
         """Name of the metric that epochs are ranked by."""
-        return self.config.eval_metric if self.val_loader is not None else 'loss'
+        ranked = self.validate is not None or self.config.eval_metric == 'epoch'
+        return self.config.eval_metric if ranked else 'loss'
 
     @property
     def lr(self) -> float:
@@ -97,7 +97,7 @@ def _step(run: Run, input: torch.Tensor, target: torch.Tensor, accum_steps: int,
     second_order = getattr(run.optimizer.optimizer, 'is_second_order', False)
     with nullcontext() if update else accelerator.no_sync(task.get_trainable_module()):
         with accelerator.autocast():
-            result = task(input, target)
+            result = {**task(input, target), **getattr(task.criterion, 'parts', {})}
         loss = result['loss'] / accum_steps if accum_steps > 1 else result['loss']
         accelerator.backward(loss, create_graph=second_order)
     if update:
@@ -183,20 +183,16 @@ def _join_norms(run: Run, ema: bool = False) -> None:
 
 def _evaluate(run: Run, epoch: int) -> dict[str, dict[str, float]]:
     """Validate the network, and its moving average where there is one on the device."""
-    config, accelerator, task = run.config, run.accelerator, run.task
-    distributed = accelerator.num_processes > 1
+    config, task = run.config, run.task
     averaged = task.has_ema() and not config.model_ema_force_cpu
     if averaged:
         _join_norms(run, ema=True)
-    if run.val_loader is None:
+    if run.validate is None:
         return {}
     metrics = {}
     for name, ema in [('validation', False)] + ([('validation_ema', True)] if averaged else []):
-        metrics[name] = evaluate(
-            task.get_eval_model(ema=ema), run.val_loader, accelerator.device, distributed, accelerator.autocast,
-            config.channels_last,
-        )
-        if not math.isfinite(metrics[name]['loss']):
+        metrics[name] = run.validate(task.get_eval_model(ema=ema))
+        if not math.isfinite(metrics[name].get('loss', 0.0)):
             raise FloatingPointError(
                 f"epoch {epoch + 1}: the loss of the {name} is {metrics[name]['loss']}. Training has diverged: try a "
                 'smaller lr, or clip_grad.'
@@ -227,7 +223,8 @@ def _tell(run: Run, epoch: int, metrics: dict[str, dict[str, float]], train: dic
     text = f'epoch {epoch + 1}/{run.epochs}  loss {train["loss"]:.3f}'
     for name, suffix in (('validation', ''), ('validation_ema', ' of the average')):
         if name in metrics:
-            text += f'  top1 {metrics[name]["top1"]:.2f}%{suffix}'
+            shown = [key for key in ('top1', 'mAP', 'rank1') if key in metrics[name]]
+            text += ''.join(f'  {key} {metrics[name][key]:.2f}%' for key in shown) + suffix
     best = run.checkpoints
     _logger.info(f'{text}  best {run.eval_metric} {best.best_metric:.4g} (epoch {(best.best_epoch or 0) + 1})')
 
@@ -259,11 +256,12 @@ def fit(run: Run) -> None:
         metrics = _evaluate(run, epoch)
         entry.update(metrics)
         ranked = metrics.get('validation_ema') or metrics.get('validation') or train
+        metric = epoch + 1.0 if run.eval_metric == 'epoch' else ranked[run.eval_metric]
         if run.scheduler is not None:  # before the checkpoint, which holds the learning rate of the next epoch
-            run.scheduler.step(epoch + 1, ranked[run.eval_metric])
+            run.scheduler.step(epoch + 1, metric)
         updates = (epoch + 1) * run.updates_per_epoch
         for name, values in metrics.items():
             track(accelerator, name, values, updates)
         if accelerator.is_main_process:
-            _save(run, epoch, ranked[run.eval_metric])
+            _save(run, epoch, metric)
             _tell(run, epoch, metrics, train)

@@ -15,7 +15,7 @@ __all__ = ['Meter', 'Progress']
 
 _logger = logging.getLogger(__name__)
 
-_LOSSES = ('loss', 'class_loss', 'actor_loss', 'critic_loss')
+_LOSSES = ('loss', 'class_loss', 'actor_loss', 'critic_loss', 'id_loss', 'triplet_loss')
 
 
 class Meter:
@@ -95,7 +95,8 @@ class Meter:
 
         Returns:
             Dictionary containing:
-                - 'loss', 'class_loss', 'actor_loss', 'critic_loss', and 'top1' (percent)
+                - 'loss', 'class_loss', 'actor_loss', 'critic_loss', 'id_loss', 'triplet_loss', as the task gives them,
+                    and 'top1' (percent)
             and of the probed maps, each also as 'name/GROUP':
                 - 'reward', and 'reward_correct': over all samples, and over those that are classified right
                 - 'quality': Judgement of the critic

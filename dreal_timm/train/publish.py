@@ -6,6 +6,7 @@ from functools import partial
 from dreal_timm.errors import one_line
 from dreal_timm.hub import export_run, push
 from dreal_timm.train.loop import Run
+from dreal_timm.train.reid import is_reid, measure_identities
 from dreal_timm.train.validate import measure_split
 
 __all__ = ['publish']
@@ -29,8 +30,9 @@ def publish(run: Run) -> str:
     averaged = config.model_ema and not config.model_ema_force_cpu
     shared = run.accelerator.num_processes > 1 and config.dataset.partition('/')[0].lower() in _STREAMS
     measured = None
-    if run.val_loader is not None and not shared:
-        measured = partial(measure_split, config=config, device=run.accelerator.device)
+    if run.validate is not None and not shared:
+        measure = measure_identities if is_reid(config) else measure_split
+        measured = partial(measure, config=config, device=run.accelerator.device)
     todo = f'dreal-timm export {run.directory} {folder}, then dreal-timm push {folder} {repo}'
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of the run before it was resumed

@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,10 @@ from dreal_timm.hub import describe_network, export
 from dreal_timm.hub.results import shared_settings
 from dreal_timm.hub.run import NETWORK
 from dreal_timm.hub.upload import check_target
-from dreal_timm.train import build, datasets, loaders
+from dreal_timm.train import build, datasets, loaders, reid
 from dreal_timm.train.checkpoint import BEST, Checkpoints, write_summary, write_text
 from dreal_timm.train.config import load_config, to_dict
+from dreal_timm.train.evaluate import METRICS, evaluate
 from dreal_timm.train.launch import launch, run_directory
 from dreal_timm.train.loop import Run, fit
 from dreal_timm.train.publish import publish
@@ -62,6 +64,15 @@ def _check_folder(config: SimpleNamespace, path: Path, checkpoint: Mapping[str, 
         problem = 'ranked its epochs otherwise (eval_metric, val_split)'
     if problem:
         raise ValueError(f"resume: '{path}' {problem}: add experiment=NAME and resume={path} to go on in a new folder.")
+
+
+def _check_metric(config: SimpleNamespace) -> None:
+    known = reid.METRICS if reid.is_reid(config) else METRICS
+    if config.eval_metric not in known and config.val_split:
+        raise ValueError(
+            f"eval_metric: with dreal.task={config.dreal.task} one of {', '.join(known)}, got '{config.eval_metric}'.")
+    if config.eval_metric == 'epoch' and config.sched == 'plateau':
+        raise ValueError("eval_metric: sched=plateau needs a metric that can stop improving, not 'epoch'.")
 
 
 def _distribute(config: SimpleNamespace, task: Any, device: torch.device, processes: int) -> None:
@@ -137,6 +148,7 @@ def set_up(config: SimpleNamespace) -> Run:
         ValueError: A setting is wrong.
     """
     build.import_device_modules(config)
+    _check_metric(config)
     check_trackers(config.log_with or (), config.log_kwargs)
     if config.dreal.push_to:
         check_target(config.dreal.push_to)
@@ -144,10 +156,15 @@ def set_up(config: SimpleNamespace) -> Run:
     device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     random_seed(config.seed, accelerator.process_index)
 
+    people = reid.open_data(config) if reid.is_reid(config) else None
     model: Any = build.build_model(config)
     data = datasets.data_config(config, model)
-    with accelerator.local_main_process_first() if config.dataset_download else nullcontext():
-        train_set, val_set = _build_data(config, model, data)
+    train_set, val_set = None, None
+    if people is not None:
+        reid.check_model(model, config.model)
+    else:
+        with accelerator.local_main_process_first() if config.dataset_download else nullcontext():
+            train_set, val_set = _build_data(config, model, data)
     directory = run_directory(config, data['input_size'], is_main)
     # one process decides: a machine that does not see the folder stops, in place of training from the start
     path = broadcast_object_list([resume_path(config, directory)])[0]
@@ -160,15 +177,25 @@ def set_up(config: SimpleNamespace) -> Run:
         model = convert_sync_batchnorm(model)
     task, optimizer, frozen = _build_learner(config, model, data, accelerator)
     mixup = loaders.build_mixup(config, model.num_classes)
-    train_loader = loaders.build_loader(config, train_set, data, device, True, processes > 1, mixup)
-    val_loader = None
-    if val_set is not None:
-        val_loader = loaders.build_loader(config, val_set, data, device, False, processes > 1)
+    validate: Any = None
+    if people is not None:
+        train_loader = reid.build_train_loader(config, people, data, device, accelerator.process_index, processes)
+        images = len(people.train), len(people.query) + len(people.gallery) if config.val_split else 0
+        if config.val_split:
+            validate = reid.build_validation(config, people, data, accelerator)
+    else:
+        train_loader = loaders.build_loader(config, train_set, data, device, True, processes > 1, mixup)
+        images = loaders.count_images(train_set, processes), loaders.count_images(val_set, processes)
+        if val_set is not None:
+            val_loader = loaders.build_loader(config, val_set, data, device, False, processes > 1)
+            validate = partial(
+                evaluate, loader=val_loader, device=device, distributed=processes > 1, autocast=accelerator.autocast,
+                channels_last=config.channels_last)
 
-    decreasing = val_loader is None or config.eval_metric == 'loss'
+    decreasing = config.eval_metric == 'loss' or (validate is None and config.eval_metric != 'epoch')
     run = Run(
         config=config, accelerator=accelerator, model=model, data=data, task=task, optimizer=optimizer,
-        scheduler=None, epochs=config.epochs, train_loader=train_loader, val_loader=val_loader,
+        scheduler=None, epochs=config.epochs, train_loader=train_loader, validate=validate,
         class_names=datasets.class_names(train_set), directory=directory,
         checkpoints=Checkpoints(directory, config.checkpoint_hist, decreasing), record=Record(device, processes),
         mixup=mixup, frozen_norms=frozen,
@@ -178,9 +205,7 @@ def set_up(config: SimpleNamespace) -> Run:
     if is_main:
         _logger.info(
             f'{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, '
-            f'{loaders.count_images(train_set, processes):,} images to train on, '
-            f'{loaders.count_images(val_set, processes):,} to validate on, {processes} x {device.type}, '
-            f'{directory}'
+            f'{images[0]:,} images to train on, {images[1]:,} to validate on, {processes} x {device.type}, {directory}'
         )
     _resume(run, optimizer, path, checkpoint)
     _distribute(config, task, device, processes)
@@ -194,6 +219,8 @@ def _export(run: Run) -> None:
     assert best['epoch'] == run.checkpoints.best_epoch
     averaged = run.config.model_ema and not run.config.model_ema_force_cpu
     run.model.load_state_dict(best['state_dict_ema' if averaged else 'state_dict'])
+    if reid.is_reid(run.config):
+        run.model.reset_classifier(0)  # nobody has these identities
     target = run.directory / 'model'
     if target.exists():  # a resumed run exports its own folder anew
         shutil.rmtree(target)
@@ -215,8 +242,10 @@ def describe(results: Mapping[str, Any]) -> str:
     architecture = json.loads((Path(model) / 'config.json').read_text(encoding='utf-8'))['architecture']
     imports = 'import timm, dreal_timm' if architecture.startswith('dreal_') else 'import timm'
     pushed = f"\nsent to        {results['pushed']}" if results.get('pushed') else ''
+    measured = f"top-1 accuracy {metrics['top1']:.2f} %" if 'top1' in metrics else (
+        f"mAP {metrics['mAP']:.2f} %, rank-1 {metrics['rank1']:.2f} %")
     return (
-        f"top-1 accuracy {metrics['top1']:.2f} % (epoch {results['best_epoch'] + 1} of {len(results['epochs'])})\n"
+        f"{measured} (epoch {results['best_epoch'] + 1} of {len(results['epochs'])})\n"
         f'exported model {model}\n'
         f"load it with   {imports}; model = timm.create_model('local-dir:{model}', pretrained=True)"
         f'{pushed}'

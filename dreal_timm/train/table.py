@@ -11,6 +11,7 @@ __all__ = ['DREAL_KEYS', 'KEYS', 'NOT_SUPPORTED']
 
 _INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none')
+_METRICS = ('top1', 'top5', 'loss', 'mAP', 'rank1', 'epoch')
 _DECAYS = ('linear', '1-sqrt', 'cosine', 'power', 'exp')
 
 KEYS = [
@@ -154,7 +155,7 @@ KEYS = [
     Key('log_with', 'strs', None, 'trackers, through Accelerate: tensorboard, wandb, trackio, ...'),
     Key('log_kwargs', 'dict', {}, 'arguments of each tracker, by its name'),
     Key('val_interval', 'int', 1, 'epochs between validations and checkpoints', minimum=1),
-    Key('eval_metric', 'str', 'top1', 'metric of the best checkpoint', choices=('top1', 'top5', 'loss')),
+    Key('eval_metric', 'str', 'top1', "metric of the best checkpoint; 'epoch' keeps the last", choices=_METRICS),
     Key('checkpoint_hist', 'int', 10, 'number of the best checkpoints to keep', minimum=1),
     Key('save_epochs', 'ints', None, 'epochs done after which a checkpoint is kept for good', minimum=1),
     Key('output', 'str', '', "folder of the runs; empty is 'output/train'"),
@@ -162,6 +163,8 @@ KEYS = [
 ]
 
 DREAL_KEYS = [
+    Key('task', 'str', 'classification', "'classification', or 'reid': identities, by images of several cameras",
+        choices=('classification', 'reid')),
     Key('enabled', 'bool', True, 'false trains the plain network, with everything else equal'),
     Key('freeze', 'str', '', "'backbone' trains attention modules and classifier alone", choices=('', 'backbone')),
     Key('backbone', 'str', '', 'plain weights to start from: name of a timm model, folder or file; attention is fresh'),
@@ -178,6 +181,15 @@ DREAL_KEYS = [
     Key('critic_cell', 'str', 'lstm', "'lstm' or 'gru'", choices=tuple(CELLS)),
     Key('critic_hidden_size', 'int', 1, 'hidden units of a critic', minimum=1),
     Key('critic_depth', 'int', 1, 'cells of a critic', minimum=1),
+    Key('num_instances', 'int', 8, 'reid: images of an identity in a batch (K of P x K)', minimum=1),
+    Key('crop', 'str', 'pad', "reid: 'pad' or 'enlarge' and crop, or 'timm': by timm's keys",
+        choices=('pad', 'enlarge', 'timm')),
+    Key('margin', 'float', 0.5, 'reid: margin of the triplet loss', minimum=0),
+    Key('triplet_weight', 'float', 1.0, 'reid: weight of the triplet loss', minimum=0),
+    Key('dist_metric', 'str', 'cosine', 'reid: distance of the validation', choices=('cosine', 'euclidean')),
+    Key('camera_rule', 'str', 'exclude', "reid: 'exclude' answers of the query's own camera, or 'ignore' cameras",
+        choices=('exclude', 'ignore')),
+    Key('flip_test', 'bool', True, 'reid: validate means of features with those of the mirror image'),
     Key('push_to', 'str', '', 'USER/NAME on the Hugging Face Hub that the network is sent to when the run ends'),
     Key('push_private', 'bool', False, 'create that repository as a private one'),
 ]

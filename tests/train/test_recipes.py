@@ -106,7 +106,7 @@ def test_the_protocol_of_the_paper(photos, tmp_path, name, attention):
         state.scheduler.step(epoch + 1)
     assert rates == pytest.approx([0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.0001] * 10)
 
-    train, val = (str(loader.dataset.transform) for loader in (state.train_loader, state.val_loader))
+    train, val = (str(loader.dataset.transform) for loader in (state.train_loader, state.validate.keywords['loader']))
     assert 'RandomResizedCropAndInterpolation(size=(224, 224), scale=(0.08, 1.0)' in train
     assert 'interpolation=bilinear' in train
     assert 'RandomHorizontalFlip(p=0.5)' in train

@@ -419,7 +419,7 @@ def test_image_size(few, tmp_path, values, shape):
     """Images of both splits have the channels and the size that were asked for, and the network takes them."""
     state = start(few, tmp_path, batch_size=4, **values)
     assert state.data['input_size'] == shape
-    for loader in (state.train_loader, state.val_loader):
+    for loader in (state.train_loader, state.validate.keywords['loader']):
         assert next(iter(loader))[0].shape[1:] == shape
     assert state.model.conv1[0].in_channels == shape[0]
     if shape[-1] <= 48:

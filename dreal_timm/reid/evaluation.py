@@ -1,0 +1,244 @@
+"""Evaluation of re-identification: features of a network, and how well the gallery answers the queries
+
+Shapes: N images, C features.
+"""
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_loader, resolve_model_data_config
+from torch import nn
+
+from dreal_timm.hub import read_network, weights_digest
+from dreal_timm.hub.results import training_record, training_settings
+from dreal_timm.models.reid import ReidNetwork
+from dreal_timm.reid.checking import unanswered
+from dreal_timm.reid.images import ReidSet, check_headers
+from dreal_timm.reid.layouts import ReidData, ReidImage, open_reid
+from dreal_timm.reid.metrics import distance_blocks, pool_queries, score
+from dreal_timm.reid.reranking import rerank
+from dreal_timm.version import __version__
+
+__all__ = [
+    'check_answers', 'embed', 'evaluate_features', 'evaluate_network', 'evaluate_reid', 'extract_features',
+    'feature_loader',
+]
+
+_PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+
+
+def embed(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return embeddings, (N, C): after the neck of `dreal_reid`, the pooled features of any other network of timm.
+
+    Args:
+        model: The network.
+        images: Images, (N, channels, H, W).
+    """
+    return model.forward_head(model.forward_features(images), pre_logits=True)
+
+
+@torch.inference_mode()
+def extract_features(
+        model: nn.Module,
+        loader: Any,
+        device: torch.device,
+        flip: bool = True,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        channels_last: bool = False,
+) -> torch.Tensor:
+    """Return the features of all images of a loader, (N, C) float32.
+
+    The model is put into evaluation mode and stays there.
+
+    Args:
+        model: The network.
+        loader: Loader of (images, anything).
+        device: Device of the network.
+        flip: Whether features are the mean of those of the image and of its mirror image.
+        autocast: Makes the context of a forward pass.
+        channels_last: Whether the images are in channels-last layout.
+
+    Raises:
+        FloatingPointError: Features are not finite.
+    """
+    model.eval()
+    found = []
+    for images, _ in loader:
+        images = images.to(device)
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            features = embed(model, images).float()
+            if flip:
+                features = (features + embed(model, images.flip(-1)).float()) / 2
+        found.append(features)
+    features = torch.cat(found)
+    if not features.isfinite().all():
+        raise FloatingPointError(
+            'The network gives features that are not finite: it has diverged, or its weights are broken.')
+    return features
+
+
+def feature_loader(
+        images: Sequence[ReidImage],
+        preprocessing: Mapping[str, Any],
+        device: torch.device,
+        batch_size: int = 128,
+        workers: int = 2,
+        **kwargs: Any,
+) -> Any:
+    """Return timm's loader of these images in their order.
+
+    Args:
+        images: The images.
+        preprocessing: 'input_size', 'interpolation', 'mean', 'std', 'crop_pct' and 'crop_mode' of the network.
+        device: Device of the batches.
+        batch_size: Images a batch.
+        workers: Loader processes.
+        **kwargs: Further arguments of `timm.data.create_loader`.
+    """
+    dataset = ReidSet(images, channels=preprocessing['input_size'][0])
+    return create_loader(
+        dataset, batch_size=batch_size, num_workers=workers, device=device, persistent_workers=False,
+        **{key: preprocessing[key] for key in _PREPROCESSING if key in preprocessing}, **kwargs)
+
+
+def check_answers(data: ReidData, camera_rule: str = 'exclude') -> None:
+    """Raise a ValueError if no image of the gallery answers any query, so that there is nothing to measure."""
+    if len(unanswered(data, camera_rule)) < len(data.query):
+        return
+    hint = ''
+    if camera_rule == 'exclude' and len(unanswered(data, 'ignore')) < len(data.query):
+        hint = ": answers are of the query's own camera alone, which the rule 'ignore' lets count"
+    raise ValueError(f"'{data.root}': no image of the gallery answers any of the {len(data.query):,} queries{hint}.")
+
+
+def _numbers(images: Sequence[ReidImage], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.tensor([image.pid for image in images], dtype=torch.int64, device=device),
+        torch.tensor([image.camid for image in images], dtype=torch.int64, device=device))
+
+
+def evaluate_features(
+        query: torch.Tensor,
+        gallery: torch.Tensor,
+        data: ReidData,
+        metric: str = 'cosine',
+        camera_rule: str = 'exclude',
+        reranked: bool = False,
+        extra: torch.Tensor | None = None,
+        multi_query: bool = False,
+) -> dict[str, float]:
+    """Return 'mAP', 'rank1', 'rank5', 'rank10', 'rank20', 'mINP' (percent), 'queries' and 'skipped'.
+
+    Args:
+        query: Features of the queries, (Q, C).
+        gallery: Features of the gallery, (G, C).
+        data: The data set that they are of.
+        metric: 'cosine' or 'euclidean'.
+        camera_rule: 'exclude' or 'ignore', see `score`.
+        reranked: Whether the ranking is that of k-reciprocal re-ranking, whose distance is euclidean between features
+            of length 1.
+        extra: Features of `data.extra`, for multi query.
+        multi_query: One query for each identity and camera: the mean of `extra`, where it is given, or of the queries.
+
+    Raises:
+        ValueError: Unknown metric or rule.
+    """
+    pids, camids = _numbers(data.query, query.device)
+    if multi_query and extra is not None:
+        query, (pids, camids) = extra, _numbers(data.extra, query.device)
+    if multi_query:
+        query, pids, camids = pool_queries(query, pids, camids)
+    blocks = rerank(query, gallery) if reranked else distance_blocks(query, gallery, metric)
+    gallery_pids, gallery_camids = _numbers(data.gallery, query.device)
+    found = score(blocks, pids, gallery_pids, camids, gallery_camids, camera_rule).summary()
+    return {'mAP': found.pop('mAP'), **found}
+
+
+def evaluate_network(
+        network: nn.Module,
+        data: ReidData,
+        metric: str = 'cosine',
+        camera_rule: str = 'exclude',
+        flip: bool = True,
+        reranked: bool = False,
+        multi_query: bool = False,
+        batch_size: int = 128,
+        workers: int = 2,
+        device: torch.device | str | None = None,
+) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    """Evaluate a network that is built already; arguments and results are those of `evaluate_reid`.
+
+    Args:
+        network: A network of timm, which is moved to the device and put into evaluation mode. An embedding network
+            loses its classifier.
+        data: The data set.
+
+    Returns:
+        Results, and the features of queries and gallery.
+    """
+    model: Any = network
+    check_answers(data, camera_rule)
+    asked = data.extra if multi_query else []
+    images = [*data.query, *data.gallery, *asked]
+    check_headers(images)
+    if isinstance(model, ReidNetwork):
+        model.reset_classifier(0)  # as it is exported
+    digest = weights_digest(model.state_dict())
+    preprocessing = resolve_model_data_config(model)
+    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    loader = feature_loader(images, preprocessing, where, batch_size, workers)
+    features = extract_features(model.to(where), loader, where, flip)
+    query, gallery, extra = features.split([len(data.query), len(data.gallery), len(asked)])
+    metrics = evaluate_features(
+        query, gallery, data, metric, camera_rule, reranked, extra if asked else None, multi_query)
+    results = {
+        'architecture': model.pretrained_cfg['architecture'], 'weights_sha256': digest,
+        'dataset': f'reid/{data.layout}', 'split': 'query', 'samples': len(data.query) + len(data.gallery),
+        'settings': {
+            'metric': metric, 'camera_rule': camera_rule, 'flip': flip, 'rerank': reranked, 'multi_query': multi_query},
+        **metrics,
+        'preprocessing': {key: preprocessing[key] for key in _PREPROCESSING},
+        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__},
+    }
+    return results, query, gallery
+
+
+def evaluate_reid(
+        model: str | Path,
+        directory: str | Path,
+        layout: str = '',
+        **options: Any,
+) -> tuple[dict[str, Any], ReidData, torch.Tensor, torch.Tensor]:
+    """Evaluate a network on a data set, its own or another (cross-domain).
+
+    Args:
+        model: Folder of a run (its best checkpoint; the moving average where there is one), an exported folder,
+            'hf-hub:USER/NAME', or the name of a model of timm.
+        directory: Folder of the data set, or its table.
+        layout: Name of the layout; empty looks what it is.
+        **options: metric, camera_rule, reranked, multi_query: see `evaluate_features`. flip: whether features are
+            means with those of the mirror image (True). batch_size: images a step (128). workers: loader processes
+            (2). device: None takes an accelerator where there is one.
+
+    Returns:
+        Results ('model', 'data', 'architecture', 'weights_sha256', 'dataset', 'split', 'samples', 'settings', the
+        metrics of `evaluate_features`, 'preprocessing', 'versions', and of an exported folder 'training' and 'run'),
+        the data set, and the features of queries and gallery, (Q, C) and (G, C).
+
+    Raises:
+        FileNotFoundError: The network or the data is missing.
+        ValueError: No such model or layout; an image that cannot be read; no query has an answer.
+        WeightsError: The weights cannot be had.
+    """
+    data = open_reid(directory, layout)
+    check_answers(data, options.get('camera_rule', 'exclude'))
+    results, query, gallery = evaluate_network(read_network(model), data, **options)
+    told = {
+        'model': str(model), 'data': str(directory), **results,
+        'training': training_settings(Path(model)), 'run': training_record(Path(model))}
+    return told, data, query, gallery

@@ -1,0 +1,70 @@
+"""Images of re-identification for a loader of torch or timm"""
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from dreal_timm.reid.layouts import ReidImage
+
+__all__ = ['ReidSet', 'check_headers']
+
+_SMALLEST = 2  # pixels of a side: less is an empty detection
+
+
+class ReidSet(Dataset):
+    """Images with labels.
+
+    Args:
+        images: The images.
+        labels: Label of each identity, by its number; None gives each image its place.
+        channels: 3 for colour, 1 for grey.
+
+    Attributes:
+        transform: What loaders of timm set: from an image to what is batched.
+    """
+
+    def __init__(self, images: Sequence[ReidImage], labels: dict[int, int] | None = None, channels: int = 3):
+        self.images = list(images)
+        self.labels = [i if labels is None else labels[image.pid] for i, image in enumerate(self.images)]
+        self.mode = 'RGB' if channels == 3 else 'L'
+        self.transform: Callable[[Image.Image], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path = self.images[index].path
+        try:
+            with Image.open(path) as opened:
+                image = opened.convert(self.mode)
+        except Exception as error:  # PIL raises of all kinds for a broken file
+            raise ValueError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from None
+        return image if self.transform is None else self.transform(image), self.labels[index]
+
+
+def _problem(image: ReidImage) -> str:
+    try:
+        with Image.open(image.path) as opened:
+            width, height = opened.size
+    except Exception as error:
+        return f"'{image.path}' cannot be read: {' '.join(str(error).split())}"
+    return f"'{image.path}' is {width} x {height} pixels" if min(width, height) < _SMALLEST else ''
+
+
+def check_headers(images: Sequence[ReidImage], workers: int = 4) -> None:
+    """Look at the beginning of each file: is it an image, and one of more than a pixel?
+
+    Args:
+        images: The images.
+        workers: Threads that read them.
+
+    Raises:
+        ValueError: One is not; the first is named, and their number.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        problems = [problem for problem in pool.map(_problem, images) if problem]
+    if problems:
+        more = f', and {len(problems) - 1:,} more' if len(problems) > 1 else ''
+        raise ValueError(f'{problems[0]}{more}: dreal-timm reid check DIR finds them all.')

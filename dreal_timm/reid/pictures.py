@@ -1,0 +1,117 @@
+"""Pictures of ranked lists: a query, and what the gallery has that is most like it"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from dreal_timm.reid.layouts import ReidData, ReidImage
+from dreal_timm.reid.metrics import distance_blocks
+
+__all__ = ['Ranking', 'draw_rankings', 'rank_queries']
+
+_BORDER, _GAP, _HEIGHT = 4, 6, 128
+_RIGHT, _WRONG, _PLAIN = (0, 150, 60), (205, 20, 20), (90, 90, 90)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The head of a ranked list.
+
+    Attributes:
+        query: File of the query.
+        found: Files of the gallery, the most similar first.
+        distances: Their distances.
+        right: Which of them are of the query's identity; None where identities are not known.
+    """
+    query: Path
+    found: Sequence[Path]
+    distances: Sequence[float]
+    right: Sequence[bool] | None = None
+
+
+def rank_queries(
+        query: torch.Tensor,
+        gallery: torch.Tensor,
+        data: ReidData,
+        numbers: Sequence[int],
+        top: int = 10,
+        metric: str = 'cosine',
+        camera_rule: str = 'exclude',
+) -> list[Ranking]:
+    """Return the heads of the ranked lists of some queries.
+
+    Args:
+        query: Features of the queries, (Q, C).
+        gallery: Features of the gallery, (G, C).
+        data: The data set that they are of.
+        numbers: Numbers of the queries that are asked for.
+        top: Length of a list.
+        metric: 'cosine' or 'euclidean'.
+        camera_rule: 'exclude' leaves out the gallery's images of the query's identity and camera.
+    """
+    blocks = distance_blocks(query[torch.as_tensor(numbers, device=query.device)], gallery, metric)
+    lists = []
+    for number, row in zip(numbers, (row for block in blocks for row in block), strict=True):
+        asked = data.query[number]
+        found: list[tuple[ReidImage, float]] = []
+        values, order = row.sort(stable=True)
+        for distance, place in zip(values.tolist(), order.tolist(), strict=True):
+            image = data.gallery[place]
+            if camera_rule == 'exclude' and (image.pid, image.camid) == (asked.pid, asked.camid):
+                continue
+            found.append((image, distance))
+            if len(found) == top:
+                break
+        lists.append(Ranking(
+            asked.path, [image.path for image, _ in found], [distance for _, distance in found],
+            [image.pid == asked.pid for image, _ in found]))
+    return lists
+
+
+def _tile(path: Path, colour: tuple[int, int, int], crossed: bool, width: int) -> Image.Image:
+    """An image in a frame; one that is wrong has a cross in its corner too, for those who see no red."""
+    with Image.open(path) as opened:
+        image = opened.convert('RGB').resize((width, _HEIGHT), Image.Resampling.BICUBIC)
+    tile = Image.new('RGB', (width + 2 * _BORDER, _HEIGHT + 2 * _BORDER), colour)
+    tile.paste(image, (_BORDER, _BORDER))
+    if crossed:
+        draw = ImageDraw.Draw(tile)
+        left, size = tile.width - 18, 12
+        draw.rectangle((left - 3, 3, left + size + 3, size + 9), fill=colour)
+        for x, y in ((left, left + size), (left + size, left)):
+            draw.line((x, 6, y, 6 + size), fill='white', width=2)
+    return tile
+
+
+def draw_rankings(rankings: Sequence[Ranking], path: str | Path) -> Path:
+    """Draw a row for each query: the query, a gap, and its list; right in green, wrong in red and crossed.
+
+    Args:
+        rankings: The lists.
+        path: File to write, of a kind that its name tells.
+
+    Raises:
+        ValueError: There are no lists, or the name tells no kind of image.
+    """
+    path = Path(path)
+    if not rankings:
+        raise ValueError('There is no ranked list to draw.')
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"'{path}': its name tells no kind of image, such as .png.")
+    with Image.open(rankings[0].query) as first:
+        width = max(_HEIGHT // 4, min(2 * _HEIGHT, round(_HEIGHT * first.width / first.height)))
+    cell, row = width + 2 * _BORDER + _GAP, _HEIGHT + 2 * _BORDER + _GAP
+    most = max(len(ranking.found) for ranking in rankings)
+    sheet = Image.new('RGB', (_GAP + (most + 1) * cell + 2 * _GAP, _GAP + len(rankings) * row), 'white')
+    for number, ranking in enumerate(rankings):
+        top = _GAP + number * row
+        sheet.paste(_tile(ranking.query, _PLAIN, False, width), (_GAP, top))
+        for place, found in enumerate(ranking.found):
+            right = None if ranking.right is None else ranking.right[place]
+            colour = _PLAIN if right is None else _RIGHT if right else _WRONG
+            sheet.paste(_tile(found, colour, right is False, width), (_GAP + (place + 1) * cell + 2 * _GAP, top))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
