@@ -9,7 +9,7 @@ from dreal_timm.reid.checking import check_reid
 from dreal_timm.reid.evaluation import evaluate_reid
 from dreal_timm.reid.layouts import LAYOUTS, open_reid
 from dreal_timm.reid.metrics import CAMERA_RULES, METRICS
-from dreal_timm.reid.pictures import draw_rankings, rank_queries
+from dreal_timm.reid.pictures import check_kind, draw_rankings, rank_queries
 from dreal_timm.reid.searching import search
 
 __all__ = ['add_commands']
@@ -28,10 +28,23 @@ def _check(args: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
+def _check_new(path: str) -> None:
+    if path and (Path(path).exists() or not Path(path).parent.is_dir()):
+        raise FileExistsError(f"'{path}' exists, or its folder does not.")
+
+
+def _check_picture(path: str) -> None:
+    """Raise an error about a picture that could not be written, before the work."""
+    _check_new(path)
+    if path:
+        check_kind(path)
+
+
 def _eval(args: argparse.Namespace) -> None:
-    for path in (args.results, args.picture):
-        if path and (Path(path).exists() or not Path(path).parent.is_dir()):
-            raise FileExistsError(f"'{path}' exists, or its folder does not.")
+    _check_new(args.results)
+    _check_picture(args.picture)
+    if args.lists < 1:
+        raise ValueError(f'--lists: expected 1 or more, got {args.lists}.')
     if len(args.data) > 1 and args.picture:
         raise ValueError('--picture: draws the lists of one data set.')
     told, rows = [], []
@@ -65,8 +78,9 @@ def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 
 def _search(args: argparse.Namespace) -> None:
-    if args.picture and (Path(args.picture).exists() or not Path(args.picture).parent.is_dir()):
-        raise FileExistsError(f"--picture: '{args.picture}' exists, or its folder does not.")
+    _check_picture(args.picture)
+    if args.top < 1:
+        raise ValueError(f'--top: expected 1 or more, got {args.top}.')
     rankings = search(
         args.model, args.query, args.gallery, args.top, args.metric, not args.no_flip, args.batch_size, args.workers,
         args.device)

@@ -55,6 +55,7 @@ class Retrieval:
 def _same_identity(query_pids: torch.Tensor, gallery_pids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices into the gallery of each query's identity, ascending, (Q, M), and which of them are meant, (Q, M)."""
     ordered, order = gallery_pids.sort(stable=True)
+    query_pids = query_pids.contiguous()
     low = torch.searchsorted(ordered, query_pids)
     count = torch.searchsorted(ordered, query_pids, right=True) - low
     steps = torch.arange(int(count.max()) if len(count) else 0, device=order.device)

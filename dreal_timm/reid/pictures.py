@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from dreal_timm.reid.layouts import ReidData, ReidImage
 from dreal_timm.reid.metrics import distance_blocks
 
-__all__ = ['Ranking', 'draw_rankings', 'rank_queries']
+__all__ = ['Ranking', 'check_kind', 'draw_rankings', 'rank_queries']
 
 _BORDER, _GAP, _HEIGHT = 4, 6, 128
 _RIGHT, _WRONG, _PLAIN = (0, 150, 60), (205, 20, 20), (90, 90, 90)
@@ -70,6 +70,12 @@ def rank_queries(
     return lists
 
 
+def check_kind(path: str | Path) -> None:
+    """Raise a ValueError if the name of a file tells no kind of image."""
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"'{path}': its name tells no kind of image, such as .png.")
+
+
 def _tile(path: Path, colour: tuple[int, int, int], crossed: bool, width: int) -> Image.Image:
     """An image in a frame; one that is wrong has a cross in its corner too, for those who see no red."""
     with Image.open(path) as opened:
@@ -98,8 +104,7 @@ def draw_rankings(rankings: Sequence[Ranking], path: str | Path) -> Path:
     path = Path(path)
     if not rankings:
         raise ValueError('There is no ranked list to draw.')
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"'{path}': its name tells no kind of image, such as .png.")
+    check_kind(path)
     with Image.open(rankings[0].query) as first:
         width = max(_HEIGHT // 4, min(2 * _HEIGHT, round(_HEIGHT * first.width / first.height)))
     cell, row = width + 2 * _BORDER + _GAP, _HEIGHT + 2 * _BORDER + _GAP

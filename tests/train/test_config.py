@@ -35,8 +35,8 @@ TIMM_DEFAULTS = {  # of timm's train.py, as its parser gives them
     'workers': 4, 'pin_mem': False, 'no_prefetcher': False, 'output': '', 'experiment': '', 'eval_metric': 'top1',
 }
 DREAL_DEFAULTS = {
-    'task': 'classification', 'enabled': True, 'freeze': '', 'backbone': '', 'gates': 'fresh', 'gamma': 1.0, 'actor_weight': 1.0,
-    'probe': 'split', 'probe_every': 1,
+    'task': 'classification', 'enabled': True, 'freeze': '', 'backbone': '', 'gates': 'fresh', 'gamma': 1.0,
+    'actor_weight': 1.0, 'probe': 'split', 'probe_every': 1,
     'taylor_target': None, 'rotate': 'epoch',
     'reward_clip': 1.0, 'probe_dtype': None, 'seed': None, 'critic_cell': 'lstm', 'critic_hidden_size': 1,
     'critic_depth': 1, 'num_instances': 8, 'crop': 'pad', 'margin': 0.5, 'triplet_weight': 1.0, 'dist_metric': 'cosine',

@@ -4,9 +4,12 @@ import itertools
 import pytest
 import timm
 import torch
+from reid.pictures import market
 from small_run import write_images
+from timm.task import ClassificationTask
 from torch import nn
 
+from dreal_timm import DrealTask, find_sites
 from dreal_timm.train import find_recipe, list_recipes, load_config
 from dreal_timm.train.config import to_dict
 from dreal_timm.train.loop import train_one_epoch
@@ -53,8 +56,36 @@ EFFECTIVE = {
         'reprob': 0.1, 'checkpoint_hist': 3, 'log_interval': 20,
     },
 }
+REID = COMMON | {'model': 'dreal_reid', 'opt': 'adam', 'color_jitter': 0.0, 'train_interpolation': 'bilinear'}
+PEOPLE = REID | {
+    'model_kwargs': {'backbone': 'dreal_cbam_resnet50'}, 'weight_decay': 5e-4, 'reprob': 0.5, 'remode': 'const'}
+EFFECTIVE |= {
+    'reid_market1501': PEOPLE | {
+        'data_dir': 'data/market1501', 'input_size': [3, 384, 128], 'workers': 8, 'pin_mem': True,
+        'opt_kwargs': {'amsgrad': True, 'filter_bias_and_bn': False}, 'opt_betas': [0.9, 0.999], 'sched': 'step',
+        'lr': 3e-4, 'decay_epochs': 40.0, 'epochs': 160, 'warmup_epochs': 0, 'eval_metric': 'epoch',
+        'val_interval': 10,
+    },
+    'reid_custom': PEOPLE | {
+        'data_dir': 'data/people', 'input_size': [3, 256, 128], 'batch_size': 64, 'sched': 'multistep', 'lr': 3.5e-4,
+        'decay_milestones': [40, 70], 'epochs': 120, 'warmup_epochs': 10, 'warmup_lr': 3.5e-5, 'eval_metric': 'mAP',
+        'val_interval': 5,
+    },
+    'reid_glyphs': REID | {
+        'data_dir': 'data/glyphs', 'input_size': [1, 32, 32], 'mean': [0.5], 'std': [0.25], 'workers': 2,
+        'model_kwargs': {'backbone': 'dreal_cbam_resnet18', 'backbone_args': {'zero_init_last': False}},
+        'opt_kwargs': {'amsgrad': True}, 'weight_decay': 5e-4, 'lr': 3e-3, 'epochs': 20, 'warmup_epochs': 2,
+        'hflip': 0.0, 'eval_metric': 'epoch', 'val_interval': 5,
+    },
+}
 IMAGENET = ('imagenet_resnet50', 'imagenet_resnet101')
-DREAL = {'finetune': {'rotate': 'step'}, **{name: {'probe': 'exact'} for name in IMAGENET}}
+DREAL = {
+    'finetune': {'rotate': 'step'},
+    'reid_market1501': {'task': 'reid', 'backbone': 'resnet50.tv_in1k'},
+    'reid_custom': {'task': 'reid', 'backbone': 'resnet50.a1_in1k', 'gates': 'open', 'num_instances': 4},
+    'reid_glyphs': {'task': 'reid', 'flip_test': False},
+    **{name: {'probe': 'exact'} for name in IMAGENET},
+}
 
 
 @pytest.mark.parametrize('name', sorted(list_recipes()))
@@ -160,3 +191,61 @@ def test_finetuning_needs_the_number_of_classes(photos, tmp_path):
     with pytest.raises(ValueError, match=r'data set has 3 classes, the model as it comes 1000: add num_classes=3'):
         set_up(load_config('finetune', small(
             photos, tmp_path, 'model=dreal_se_resnet18', 'pretrained=false', 'input_size=[3,64,64]')))
+
+
+VARIANTS = {
+    'baseline': ('dreal.enabled=false', 'model_kwargs.backbone=resnet50'), 'attention': ('dreal.enabled=false',),
+    'reinforce': (),
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_protocol_of_reid(tmp_path, variant):
+    """Sec. 4.2 to the letter, for each row of Table 2: network, optimizer, schedule, transforms, batches and loss."""
+    people = market(tmp_path / 'data', {
+        'bounding_box_train': [(pid, 1, 2) for pid in range(2, 20)], 'query': [(1, 1, 1)],
+        'bounding_box_test': [(1, 2, 1)]})
+    state = set_up(load_config('reid_market1501', (
+        f'data_dir={people}', 'workers=0', 'pin_mem=false', 'device=cpu', f'output={tmp_path}', 'dreal.backbone=',
+        *VARIANTS[variant])))
+    head = f'# {variant}' if variant != 'baseline' else 'model_kwargs.backbone=resnet50   # baseline'
+    assert head in find_recipe('reid_market1501').read_text(encoding='utf-8')  # as the recipe tells its user
+    sites = 0 if variant == 'baseline' else 32
+    assert len(find_sites(state.model)) == sites
+    assert state.model.forward_features(torch.zeros(1, 3, 384, 128)).shape == (1, 2048, 24, 8)
+    assert type(state.task) is (DrealTask if variant == 'reinforce' else ClassificationTask)
+    optimizer = state.optimizer.optimizer
+    assert type(optimizer) is torch.optim.Adam
+    for group in optimizer.param_groups:
+        assert (group['amsgrad'], tuple(group['betas'])) == (True, (0.9, 0.999))
+    decayed = {id(p) for group in optimizer.param_groups if group['weight_decay'] == 5e-4 for p in group['params']}
+    assert decayed == {id(p) for p in state.model.parameters() if p.requires_grad}
+    rates = []
+    for epoch in range(state.epochs):
+        rates.append(state.lr)
+        state.scheduler.step(epoch + 1)
+    assert rates == pytest.approx([3e-4] * 40 + [3e-5] * 40 + [3e-6] * 40 + [3e-7] * 40)
+    images, labels = next(iter(state.train_loader))
+    assert images.shape == (128, 3, 384, 128)
+    assert sorted(labels.bincount().tolist())[-16:] == [8] * 16
+    assert state.train_loader.random_erasing.probability == 0.5
+    transform = str(state.train_loader.dataset.transform)
+    places = [transform.find(part) for part in (
+        'Resize(size=(384, 128)', 'Pad(padding=10', 'RandomCrop(size=(384, 128)', 'RandomHorizontalFlip(p=0.5)')]
+    assert -1 not in places and places == sorted(places), transform
+    loss = state.task.criterion
+    assert (loss.classification.label_smoothing, loss.triplet.margin, loss.triplet_weight) == (0.1, 0.5, 1.0)
+    assert state.eval_metric == 'epoch'
+
+
+@pytest.mark.parametrize('name', ['reid_custom', 'reid_glyphs'])
+def test_the_reid_recipes_train(tmp_path, name):
+    """The other recipes of re-identification train an epoch on a small set and a small network."""
+    people = market(tmp_path / 'data')
+    results = run(name, (
+        f'data_dir={people}', 'batch_size=8', 'dreal.num_instances=4', 'workers=0', 'device=cpu', 'epochs=1',
+        f'output={tmp_path}', 'dreal.backbone=', 'warmup_epochs=0', 'input_size=[3,32,16]', 'mean=[0.5,0.5,0.5]',
+        'std=[0.2,0.2,0.2]',
+        "model_kwargs={'backbone': 'test_resnet', 'backbone_args': {'block_args': {'attn_layer': 'se'}}}",
+    ))
+    assert results['metrics']['queries'] == 3

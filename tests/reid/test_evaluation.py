@@ -1,0 +1,219 @@
+"""Features, the commands eval and search, and the pictures of ranked lists"""
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from reid.pictures import market
+from timm.data import resolve_model_data_config
+from torch.nn import functional as F
+
+from dreal_timm.cli import main
+from dreal_timm.hub import export
+from dreal_timm.reid import draw_rankings, embed, evaluate_reid, open_reid, rank_queries, retrieve, search
+from dreal_timm.reid.evaluation import extract_features, feature_loader
+from dreal_timm.reid.pictures import Ranking
+
+CPU = torch.device('cpu')
+SIZE = {'input_size': (3, 32, 16), 'crop_pct': 1.0, 'crop_mode': 'squash', 'interpolation': 'bilinear'}
+
+
+@pytest.fixture(scope='module')
+def people(tmp_path_factory):
+    return market(tmp_path_factory.mktemp('people') / 'data')
+
+
+def network(**kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(
+        'dreal_reid', backbone='test_resnet', backbone_args={'block_args': {'attn_layer': 'se'}}, **kwargs)
+    model.pretrained_cfg |= SIZE
+    return model
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """An exported embedding network of random weights."""
+    model = network().train()
+    for _ in range(3):  # statistics, so that features differ
+        model(torch.randn(16, 3, 32, 16))
+    folder = tmp_path_factory.mktemp('exported') / 'model'
+    export(model, folder, data_config={**resolve_model_data_config(model), **SIZE})
+    return folder
+
+
+def load_images(images):
+    """The images as the network takes them, by hand."""
+    transform = timm.data.create_transform(
+        **SIZE, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), is_training=False)
+    return torch.stack([transform(Image.open(image.path).convert('RGB')) for image in images])
+
+
+@pytest.mark.parametrize('flip', [False, True])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_features(people, exported, flip, workers):
+    """Features are the network's embeddings in the order of the images, the mean with the mirror image's if asked."""
+    model = timm.create_model(f'local-dir:{exported}', pretrained=True)
+    images = open_reid(people).gallery
+    loader = feature_loader(images, resolve_model_data_config(model), CPU, batch_size=3, workers=workers)
+    found = extract_features(model, loader, CPU, flip)
+    inputs = load_images(images)
+    with torch.no_grad():
+        expected = model(inputs)
+        if flip:
+            expected = (expected + model(inputs.flip(3))) / 2
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not model.training
+
+
+def test_embeddings_of_any_network():
+    """A classifier of timm is embedded by its pooled features, and one with identities by what its classifier sees."""
+    plain = timm.create_model('test_resnet').eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.get_classifier()(embed(plain, images)), plain(images))
+        model = network(num_classes=5).eval()
+        torch.testing.assert_close(model.fc(embed(model, images)), model(images))
+
+
+def test_features_that_are_not_finite(people):
+    """A network that has diverged is an error, and no ranking of NaN."""
+    model = network()
+    with torch.no_grad():
+        model.backbone.conv1[0].weight.fill_(float('nan'))
+    loader = feature_loader(open_reid(people).query, SIZE | {'mean': (0.5,) * 3, 'std': (0.5,) * 3}, CPU, workers=0)
+    with pytest.raises(FloatingPointError, match='not finite'):
+        extract_features(model, loader, CPU)
+
+
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+def test_results(people, exported, metric):
+    """The numbers of a data set are those of its features by the ranking."""
+    results, data, query, gallery = evaluate_reid(exported, people, metric=metric, workers=0)
+    numbers = [torch.tensor([getattr(image, name) for image in split]) for name in ('pid', 'camid')
+               for split in (data.query, data.gallery)]
+    expected = retrieve(query, gallery, *numbers, metric=metric).summary()
+    assert {name: results[name] for name in expected} == expected
+    assert (results['dataset'], results['samples'], results['split']) == ('reid/market1501', 15, 'query')
+    assert results['settings'] == {
+        'metric': metric, 'camera_rule': 'exclude', 'flip': True, 'rerank': False, 'multi_query': False}
+    assert len(results['weights_sha256']) == 64
+
+
+def test_multi_query(people, exported, tmp_path):
+    """Queries of an identity and camera are pooled: of gt_bbox, where it is there, or of the queries themselves."""
+    target = tmp_path / 'data'
+    for path in people.rglob('*.jpg'):
+        (target / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (target / path.parent.name / path.name).write_bytes(path.read_bytes())
+    single = evaluate_reid(exported, target, workers=0)[0]
+    assert evaluate_reid(exported, target, workers=0, multi_query=True)[0]['mAP'] == pytest.approx(single['mAP'])
+    (target / 'gt_bbox').mkdir()
+    for number, path in enumerate(sorted((target / 'bounding_box_test').glob('000[134]*'))):
+        (target / 'gt_bbox' / path.name.replace('_01', f'_{number:02}')).write_bytes(path.read_bytes())
+    data = open_reid(target)
+    results, *_, gallery = evaluate_reid(exported, target, workers=0, multi_query=True)
+    model = timm.create_model(f'local-dir:{exported}', pretrained=True)
+    extra = extract_features(model, feature_loader(data.extra, resolve_model_data_config(model), CPU), CPU)
+    pooled = {}
+    for image, row in zip(data.extra, extra, strict=True):
+        pooled.setdefault((image.pid, image.camid), []).append(row)
+    keys = sorted(pooled)
+    assert len(keys) == 3
+    expected = retrieve(
+        torch.stack([torch.stack(pooled[key]).mean(0) for key in keys]), gallery,
+        torch.tensor([pid for pid, _ in keys]), torch.tensor([image.pid for image in data.gallery]),
+        torch.tensor([camid for _, camid in keys]), torch.tensor([image.camid for image in data.gallery])).summary()
+    assert results['mAP'] == pytest.approx(expected['mAP'])
+    assert (results['queries'], results['skipped']) == (expected['queries'], expected['skipped'])
+
+
+def test_command(people, exported, tmp_path, capsys):
+    """eval prints a table with a row for each data set, writes JSON and draws the lists, and overwrites nothing."""
+    results, picture = tmp_path / 'results.json', tmp_path / 'lists.png'
+    command = ['reid', 'eval', str(exported), '--data', str(people), '--workers', '0', '--no-flip']
+    assert main([*command, '--results', str(results), '--picture', str(picture), '--lists', '3']) == 0
+    table = capsys.readouterr().out.splitlines()
+    told = json.loads(results.read_text())
+    assert table[0].split() == ['data', 'mAP', 'rank-1', 'rank-5', 'rank-10', 'rank-20', 'mINP', 'queries', 'skipped']
+    assert table[1].split()[:3] == [str(people), f"{told['mAP']:.2f}", f"{told['rank1']:.2f}"]
+    assert told['settings']['flip'] is False
+    assert Image.open(picture).size[1] == 6 + 3 * (128 + 8 + 6)
+    assert main([*command, '--results', str(results)]) == 2
+    assert 'exists' in capsys.readouterr().err
+    assert main([*command, '--rerank']) == 2
+    assert 'neighbours that 15 images have' in capsys.readouterr().err
+    more = market(tmp_path / 'more', {
+        'bounding_box_train': [(2, 1, 1)], 'query': [(1, 1, 1)], 'bounding_box_test': [(1, 2, 12), (3, 1, 12)]})
+    assert main(['reid', 'eval', str(exported), '--data', str(more), str(more), '--rerank', '--json']) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert len(both) == 2 and both[0]['settings']['rerank'] is True
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['--lists', '0', '--picture', 'x.png'], '--lists'),
+    (['--picture', 'x.nothing'], 'no kind of image'),
+    (['--picture', '/nowhere/x.png'], 'its folder does not'),
+    (['--data', '/nowhere'], 'No folder'),
+    (['--layout', 'msmt17'], 'list_train.txt'),
+])
+def test_errors_of_the_command(people, exported, tmp_path, capsys, monkeypatch, arguments, message):
+    """What eval cannot do is one line, exit code 2, and no file."""
+    monkeypatch.chdir(tmp_path)
+    assert main(['reid', 'eval', str(exported), '--data', str(people), '--workers', '0', *arguments]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if 'error' in line]
+    assert len(error) == 1 and message in error[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_lists(people):
+    """A ranked list leaves out the query's own camera, is ascending, and marks what is right."""
+    data = open_reid(people)
+    torch.manual_seed(0)
+    query, gallery = torch.randn(len(data.query), 8), torch.randn(len(data.gallery), 8)
+    lists = rank_queries(query, gallery, data, [2, 0], top=5)
+    assert [ranking.query for ranking in lists] == [data.query[2].path, data.query[0].path]
+    for ranking, number in zip(lists, (2, 0), strict=True):
+        asked = data.query[number]
+        distances = 1 - F.cosine_similarity(query[number][None], gallery)
+        kept = [i for i, image in enumerate(data.gallery) if (image.pid, image.camid) != (asked.pid, asked.camid)]
+        order = sorted(kept, key=lambda i: distances[i].item())[:5]
+        assert list(ranking.found) == [data.gallery[i].path for i in order]
+        assert list(ranking.right) == [data.gallery[i].pid == asked.pid for i in order]
+        assert list(ranking.distances) == pytest.approx(distances[order].tolist(), abs=1e-5)
+    ignored = rank_queries(query, gallery, data, [0], top=100, camera_rule='ignore')[0]
+    assert len(ignored.found) == len(data.gallery)
+
+
+def test_picture(people, tmp_path):
+    """Frames are green around what is right, and red with a white cross around what is wrong."""
+    paths = [image.path for image in open_reid(people).gallery[:3]]
+    draw_rankings([Ranking(paths[0], paths[1:], (0.1, 0.2), (True, False))], tmp_path / 'new' / 'lists.png')
+    sheet = Image.open(tmp_path / 'new' / 'lists.png').convert('RGB')
+    width = 64 + 8 + 6  # images are 16 x 32
+    frames = [sheet.getpixel((x, 7)) for x in (7, 6 + width + 13, 6 + 2 * width + 13)]
+    assert frames == [(90, 90, 90), (0, 150, 60), (205, 20, 20)]
+    corner = sheet.crop((6 + 2 * width + 12 + 50, 6, 6 + 2 * width + 12 + 72, 26))
+    assert (255, 255, 255) in set(corner.getdata())
+    assert (255, 255, 255) not in set(sheet.crop((6 + width + 12, 6, 6 + width + 12 + 72, 26)).getdata())
+
+
+def test_search(people, exported, tmp_path, capsys):
+    """search finds an image itself first, in a folder with folders, and draws grey frames."""
+    asked = open_reid(people).gallery[3].path
+    command = [
+        'reid', 'search', str(exported), '--query', str(asked), '--gallery', str(people), '--top', '4',
+        '--workers', '0', '--picture', str(tmp_path / 'found.png')]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(asked) and lines[1].split()[0] == '1' and lines[1].endswith(str(asked))
+    assert len(lines) == 5
+    assert Image.open(tmp_path / 'found.png').size[1] == 148
+    rankings = search(exported, [people / 'query'], people / 'bounding_box_test', top=1000, workers=0)
+    assert len(rankings) == 4 and len(rankings[0].found) == 14  # junk is an image here like any other
+    assert list(rankings[0].distances) == sorted(rankings[0].distances)
+    assert main(['reid', 'search', str(exported), '--query', 'nothing.png', '--gallery', str(people)]) == 2
+    assert "query: no file or folder 'nothing.png'" in capsys.readouterr().err
+    assert main(['reid', 'search', str(exported), '--query', str(asked), '--gallery', str(exported)]) == 2
+    assert 'no image in' in capsys.readouterr().err
