@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from dreal_timm.reid.images import SMALLEST
 from dreal_timm.reid.layouts import DISTRACTOR, SPLITS, ReidData, ReidImage
 
 __all__ = ['Check', 'check_reid', 'unanswered']
@@ -66,10 +67,12 @@ def _some(names: Sequence[Any], count: int = 3) -> str:
 
 
 def _broken(path: Path) -> str:
-    """Why an image cannot be read, or nothing."""
+    """Why an image cannot be used, or nothing."""
     try:
         with Image.open(path) as image:
             image.load()
+            if min(image.size) < SMALLEST:
+                return f'{image.width} x {image.height} pixels'
     except Exception as error:  # PIL raises of all kinds for a broken file
         return ' '.join(str(error).split()) or type(error).__name__
     return ''
@@ -124,5 +127,5 @@ def check_reid(
             reasons = pool.map(_broken, paths)
             broken = [f'{path} ({reason})' for path, reason in zip(paths, reasons, strict=True) if reason]
         if broken:
-            problems.append(f'{len(broken):,} images cannot be read: {_some(broken)}')
+            problems.append(f'{len(broken):,} images cannot be used: {_some(broken)}')
     return Check(data, counts, tuple(problems))

@@ -8,9 +8,9 @@ from torch.utils.data import Dataset
 
 from dreal_timm.reid.layouts import ReidImage
 
-__all__ = ['ReidSet', 'check_headers']
+__all__ = ['SMALLEST', 'ReidSet', 'check_headers']
 
-_SMALLEST = 2  # pixels of a side: less is an empty detection
+SMALLEST = 2  # pixels of a side: less is an empty detection
 
 
 class ReidSet(Dataset):
@@ -50,7 +50,7 @@ def _problem(image: ReidImage) -> str:
             width, height = opened.size
     except Exception as error:
         return f"'{image.path}' cannot be read: {' '.join(str(error).split())}"
-    return f"'{image.path}' is {width} x {height} pixels" if min(width, height) < _SMALLEST else ''
+    return f"'{image.path}' is {width} x {height} pixels" if min(width, height) < SMALLEST else ''
 
 
 def check_headers(images: Sequence[ReidImage], workers: int = 4) -> None:

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from timm.data import create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.utils import unwrap_model
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -198,10 +198,9 @@ def _validate(
         loader: Any,
         model: nn.Module,
 ) -> dict[str, float]:
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
     features = extract_features(
-        model, loader, accelerator.device, config.dreal.flip_test, accelerator.autocast, config.channels_last)
+        unwrap_model(model), loader, accelerator.device, config.dreal.flip_test, accelerator.autocast,
+        config.channels_last)
     if accelerator.num_processes > 1:
         gathered = accelerator.gather(features).view(accelerator.num_processes, len(features), -1)
         features = gathered.transpose(0, 1).flatten(0, 1)[:len(images.query) + len(images.gallery)]

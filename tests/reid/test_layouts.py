@@ -175,7 +175,7 @@ def test_check(tmp_path, capsys):
     assert '1 of 4 queries have no image of another camera' in lost and '0004_c3s1_000000_01.jpg' in lost
     assert '2 of 3 identities' in few and few.endswith(': 2, 7')
     assert '1 identities are in the training split and in the test' in known and known.endswith(': 7')
-    assert '1 images cannot be read' in broken and '0003_c1s1_000000_01.jpg' in broken
+    assert '1 images cannot be used' in broken and '0003_c1s1_000000_01.jpg' in broken
     assert main(['reid', 'check', str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert all(f'problem: {problem}' in out for problem in check.problems)

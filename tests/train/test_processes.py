@@ -18,11 +18,13 @@ import torch.distributed as dist
 import yaml
 from conftest import make_batch, make_model
 from PIL import Image
-from small_run import recipe, write_images
+from reid.pictures import PEOPLE, market
+from small_run import SE, recipe, write_images
 from timm.utils import unwrap_model
 
 from dreal_timm import DrealTask
 from dreal_timm.attention import attention_parameters
+from dreal_timm.reid import PKSampler, evaluate_reid
 from dreal_timm.train import build, load_config, loop, run, runner
 from dreal_timm.train.checkpoint import Checkpoints
 from dreal_timm.train.evaluate import evaluate
@@ -497,3 +499,31 @@ def test_command(uneven, tmp_path):
     path.write_text(yaml.safe_dump(recipe(uneven, tmp_path, batch_size=4, epochs=1)))
     assert together(tmp_path / 'results', _command, str(path)) == [None, None]
     assert (tmp_path / 'run' / 'model' / 'model.safetensors').is_file()
+
+
+# re-identification
+
+
+@pytest.mark.parametrize('model_ema', [False, True])
+def test_identities(tmp_path, model_ema):
+    """Batches of two processes are those of one, each whole; the ends are alike, and validation sees every image."""
+    people = market(tmp_path / 'data', {
+        **PEOPLE, 'bounding_box_train': [(pid, 1 + pid % 2, 8) for pid in range(2, 8)]})
+    values = recipe(people, tmp_path, **{
+        'model': 'dreal_reid', 'model_kwargs': {'backbone': 'test_resnet', 'backbone_args': SE}, 'num_classes': None,
+        'input_size': [3, 32, 16], 'mean': [0.5] * 3, 'std': [0.25] * 3, 'eval_metric': 'mAP', 'epochs': 2,
+        'model_ema': model_ema, 'model_ema_decay': 0.5, 'dreal': {'task': 'reid', 'num_instances': 4}})
+    first, second = together(tmp_path / 'results', _run_and_tell, values, False)
+    _assert_same(first['weights'], second['weights'])
+    assert first['results'] == second['results']
+    shared = [[step['target'].tolist() for step in process['steps']] for process in (first, second)]
+    sampler = PKSampler([pid for pid in range(6) for _ in range(8)], 2, 4, seed=42)
+    expected = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        expected += [[index // 8 for index in batch] for batch in sampler]
+    assert len(expected) == 12
+    assert [batch for pair in zip(*shared, strict=True) for batch in pair] == expected
+    found = evaluate_reid(first['results']['model'], people, workers=0)[0]
+    metrics = first['results']['metrics']
+    assert {name: found[name] for name in metrics} == pytest.approx(metrics, abs=1e-4)

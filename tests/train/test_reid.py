@@ -14,7 +14,7 @@ from small_run import SE, assert_close, copied, recipe
 
 from dreal_timm import DrealTask
 from dreal_timm.cli import main
-from dreal_timm.hub import load
+from dreal_timm.hub import export_run, load
 from dreal_timm.reid import IdentityLoss, evaluate_reid, open_reid
 from dreal_timm.train import load_config, run
 from dreal_timm.train.loop import fit
@@ -394,3 +394,73 @@ def test_layouts_are_one_key(people, tmp_path):
     second = run(reid(tmp_path / 'copy', tmp_path, experiment='csv', epochs=1, dataset='reid/csv'))
     assert first['metrics'] == second['metrics']
     assert first['epochs'] == second['epochs']
+
+
+@pytest.fixture(scope='module')
+def control(finished, people, tmp_path_factory):
+    """The plain network of the same settings."""
+    path = tmp_path_factory.mktemp('control')
+    run(reid(people, path, {'enabled': False}, epochs=3, model_ema=True, model_ema_decay=0.5, reprob=0.5))
+    return path / 'run'
+
+
+def test_card(finished, control, people, tmp_path, capsys):
+    """The card of an exported run has mAP and rank-1 of these weights beside the plain network's, and says how."""
+    results, directory = finished
+    for name, folder in (('own', directory), ('plain', control)):
+        assert main([
+            'reid', 'eval', str(folder / 'model'), '--data', str(people), '--workers', '0', '--results',
+            str(tmp_path / f'{name}.json')]) == 0
+    told = {name: json.loads((tmp_path / f'{name}.json').read_text()) for name in ('own', 'plain')}
+    assert main([
+        'export', str(directory), str(tmp_path / 'given'), '--results', str(tmp_path / 'own.json'), '--control',
+        str(tmp_path / 'plain.json')]) == 0
+    card = (tmp_path / 'given' / 'README.md').read_text()
+    front = yaml.safe_load(card.split('---')[1])
+    assert front['pipeline_tag'] == 'image-feature-extraction'
+    assert 'person-re-identification' in front['tags']
+    values = {metric['type']: metric['value'] for metric in front['model-index'][0]['results'][0]['metrics']}
+    assert values == {'mAP': results['metrics']['mAP'], 'rank1': results['metrics']['rank1']}
+    for row, name in (('this network', 'own'), ('plain, the same settings', 'plain')):
+        numbers = ' | '.join(f'{told[name][key]:.2f}' for key in ('mAP', 'rank1', 'rank5', 'mINP'))
+        assert f'| {row} | {numbers} |' in card
+    for line in (
+        'for re-identification, by the network `test_resnet`', 'metric cosine, camera_rule exclude, flip True',
+        'normalize(model(image))', 'The epoch was chosen', '3 queries in 15 images',
+    ):
+        assert line in card, line
+    assert 'top-1' not in card and 'softmax' not in card
+    assert main(['export', str(directory), str(tmp_path / 'measured'), '--data', str(people), '--half']) == 0
+    card = (tmp_path / 'measured' / 'README.md').read_text()
+    assert 'In float32, before the weights were rounded' in card
+    assert load(str(tmp_path / 'measured')).num_classes == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    ({'settings': {}}, 'its settings is'), ({'dataset': 'reid/csv'}, 'its dataset is'),
+    ({'mAP': 'high'}, "has no 'mAP': write it with dreal-timm reid eval --results"),
+    ({'weights_sha256': '0'}, 'of other weights'),
+])
+def test_results_that_are_not_its_own(finished, control, people, tmp_path, change, message):
+    """Results of other weights, and a control that was measured otherwise, are refused."""
+    _, directory = finished
+    names = {'results': directory, 'control': control}
+    for name, folder in names.items():
+        told = evaluate_reid(folder / 'model', people, workers=0)[0]
+        if name == ('results' if 'weights_sha256' in change else 'control'):
+            told |= change
+        (tmp_path / f'{name}.json').write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=message):
+        export_run(
+            directory, tmp_path / 'out', results=tmp_path / 'results.json', control=tmp_path / 'control.json')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_push_to(people, tmp_path, hub):
+    """dreal.push_to sends the embedding network with its measured card."""
+    results = run(reid(people, tmp_path, {'push_to': 'user/people'}, epochs=1))
+    assert results['pushed']
+    card = (tmp_path / 'run' / 'hub' / 'README.md').read_text()
+    assert f"{results['metrics']['mAP']:.2f}" in card
+    assert load('hf-hub:user/people').num_classes == 0
