@@ -35,8 +35,10 @@ import dreal_timm.measure
 import dreal_timm.taylor
 from dreal_timm import DrealTask
 from dreal_timm.attention import Site
+from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.passes import Judged
 from dreal_timm.probe import Probe
+from dreal_timm.reid import IdentityLoss
 from dreal_timm.restart import Restart
 
 PROBES = ('exact', 'split', 'taylor')
@@ -99,12 +101,12 @@ class Stepper:
         model = model.to(device)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        size = (3, args.size, args.size)
+        loss = IdentityLoss(model).to(device) if isinstance(model, ReidNetwork) else None
         if name == 'plain':
-            self.task: TrainingTask = ClassificationTask(model, device=device, verbose=False)
+            self.task: TrainingTask = ClassificationTask(model, loss, device=device, verbose=False)
         else:
             self.task = DrealTask(
-                model, device=device, verbose=False, input_size=size, probe=name, rotate='step',
+                model, loss, device=device, verbose=False, input_size=image_size(args), probe=name, rotate='step',
                 probe_every=args.probe_every,
             )
         if args.compile:
@@ -135,21 +137,30 @@ class Stepper:
 
 
 def make_batch(args: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
+    images = torch.randn(args.batch_size, *image_size(args), device=device)
     if args.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
+    if getattr(args, 'reid', False):  # P x K
+        return images, torch.arange(args.batch_size, device=device) // min(8, args.batch_size // 2)
     return images, torch.randint(100, (args.batch_size,), device=device)
 
 
-def make_model(name: str) -> torch.nn.Module:
+def image_size(args: argparse.Namespace) -> tuple[int, int, int]:
+    return 3, args.size, args.size // 3 if getattr(args, 'reid', False) else args.size
+
+
+def make_model(name: str, reid: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=100, zero_init_last=False)
+    options = {'zero_init_last': False}
+    if reid:
+        return timm.create_model('dreal_reid', backbone=name, num_classes=751, backbone_args=options)
+    return timm.create_model(name, num_classes=100, **options)
 
 
 def measure_time(name: str, share: float, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Time rounds of all tasks, in alternation."""
     count_as_right(share)
-    model = make_model(name)
+    model = make_model(name, args.reid)
     steppers = {probe: Stepper(probe, copy.deepcopy(model), args, device) for probe in ('plain', *args.probes)}
     reinforced = [s.task for s in steppers.values() if isinstance(s.task, DrealTask)]
     steps = args.steps or round_length(reinforced[0])
@@ -195,7 +206,7 @@ def peak(name: str, probe: str, args: argparse.Namespace, device: torch.device) 
     """Return the peak memory, MiB, of a few steps in this process."""
     count_as_right(1.0)
     before = resident()
-    stepper = Stepper(probe, make_model(name), args, device)
+    stepper = Stepper(probe, make_model(name, args.reid), args, device)
     batch = make_batch(args, device)
     for index in range(4):
         if device.type == 'cuda' and index == 2:
@@ -226,6 +237,7 @@ def main() -> None:
     parser.add_argument('--size', type=int, default=96, help='side of the images, pixels')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--right', nargs='+', type=float, default=[1.0, 0.75], help='shares of right samples')
+    parser.add_argument('--reid', action='store_true', help='re-identification: size x size / 3 pixels, triplets')
     parser.add_argument('--probe-every', type=int, default=1)
     parser.add_argument('--begin', choices=('site', 'block', 'image'), default='site', help='of counterfactual passes')
     parser.add_argument('--rounds', type=int, default=3)
@@ -265,7 +277,7 @@ def main() -> None:
                 if memory:
                     text += f"  {row['peak_mib']:.0f} MiB, {row['memory_ratio']:.3f}"
                 print(text, flush=True)
-    kind = f'{device.type}-{args.amp}' + '-compiled' * args.compile
+    kind = f'{device.type}-{args.amp}' + '-compiled' * args.compile + '-reid' * args.reid
     report.write(args.output or report.RESULTS / f'step_time-{kind}.json', header, rows)
 
 

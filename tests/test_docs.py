@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from reid.pictures import market
 
+from dreal_timm.hub import export
 from dreal_timm.readers import READERS
 from dreal_timm.train.table import DREAL_KEYS
 
@@ -109,3 +112,23 @@ def test_every_test_says_its_rule():
     for path in (ROOT / 'tests').rglob('test_*.py'):
         for body in re.findall(r'^def test_\w+\(.*?\):\n(.*)$', path.read_text(encoding='utf-8'), flags=re.MULTILINE):
             assert body.strip().startswith('"""'), (path.name, body)
+
+
+def test_python_of_the_reid_document(tmp_path, monkeypatch):
+    """The lines from Python run as they stand, on a small data set and without pretrained weights."""
+    text = (ROOT / 'docs' / 'reid.md').read_text(encoding='utf-8')
+    market(tmp_path / 'market1501', {
+        'bounding_box_train': [(pid, 1, 1) for pid in range(100, 116)], 'query': [(1, 1, 1)],
+        'bounding_box_test': [(1, 2, 2), (3, 1, 2)]})
+    model = timm.create_model('dreal_reid', backbone='test_resnet')
+    export(model, tmp_path / 'output' / 'train' / 'market')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('dreal_timm.hub.load_backbone', lambda model, source: model.layer1.get_submodule('0'))
+    names = {
+        'query': torch.randn(5, 8), 'gallery': torch.randn(30, 8), 'query_pids': torch.arange(5) % 3,
+        'gallery_pids': torch.arange(30) % 3, 'query_camids': torch.zeros(5, dtype=torch.int64),
+        'gallery_camids': torch.ones(30, dtype=torch.int64)}
+    exec(blocks(text, 'python')[0], names)
+    assert names['results']['queries'] == 1
+    assert names['criterion'].triplet.margin == 0.5
+    assert len(names['sampler']) == 1
