@@ -23,6 +23,8 @@ _REID_KEYS = {
 _FREE = (
     'dreal', 'output', 'experiment', 'resume', 'stop_epoch', 'log_with', 'log_kwargs', 'log_interval', 'data_dir',
     'workers', 'pin_mem', 'device', 'checkpoint_hist', 'save_epochs', 'class_map')
+# settings under `dreal:` that plain training has too
+_SHARED = ('task', 'freeze', 'backbone', 'gates', 'num_instances', 'crop', 'margin', 'triplet_weight')
 _PRIVATE = (
     'data_dir', 'output', 'resume', 'initial_checkpoint', 'pretrained_path', 'class_map', 'log_with', 'log_kwargs')
 
@@ -92,6 +94,11 @@ def check_control(results: Mapping[str, Any], control: Mapping[str, Any]) -> Non
         raise ValueError('control: results tell of no training settings: validate the folders that the runs exported.')
     if plain.get('dreal', {}).get('enabled', True):
         raise ValueError('control: it was reinforced too: train it with dreal.enabled=false.')
+    own, other = trained.get('dreal') or {}, plain.get('dreal') or {}
+    for key in _SHARED:
+        if key in own and key in other and own[key] != other[key]:
+            raise ValueError(
+                f'control: it was trained with dreal.{key} {other[key]!r}, and not {own[key]!r} as the network.')
     for key in sorted(trained.keys() | plain.keys()):
         if key not in _FREE and trained.get(key) != plain.get(key):
             raise ValueError(

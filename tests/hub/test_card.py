@@ -139,6 +139,7 @@ def test_half_is_measured(runs, images, tmp_path):
     ({'training': None}, 'no training settings'),
     ({'training': {'lr': 9}}, 'trained with lr 9'),
     ({'training': {'dreal': {'enabled': True}}}, 'reinforced too'),
+    ({'training': {'dreal': {'enabled': False, 'gates': 'open'}}}, r"trained with dreal.gates 'open', and not 'fresh'"),
 ])
 def test_what_is_no_control(results, change, message):
     """A control was measured on the same images and trained with the same settings, plainly."""

@@ -162,6 +162,7 @@ def test_nothing_is_overwritten(images, tmp_path):
     ({'mean': [0.1, 0.2]}, ValueError, 'mean: 2 values for images of 1 channels'),
     ({'opt': 'sdg'}, ValueError, r"Unknown optimizer 'sdg' \(did you mean 'sgd"),
     ({'eval_metric': 'top3'}, ValueError, 'top3'),
+    ({'eval_metric': 'mAP'}, ValueError, 'dreal.task=classification one of top1, top5, loss, epoch'),
     ({'device': 'banana'}, ValueError, "device: 'banana'"),
     ({'dataset': 'foo'}, ValueError, 'kind/name'),
     ({'model': ''}, ValueError, 'Unknown model'),
