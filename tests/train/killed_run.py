@@ -14,6 +14,7 @@ import torch
 
 import dreal_timm.train.checkpoint as checkpoint
 import dreal_timm.train.loop as loop
+import dreal_timm.train.runner as runner
 from dreal_timm.train import run
 
 
@@ -54,8 +55,8 @@ def die_in_write(number: int) -> None:
 
 PLACES = {
     'step': lambda: die_at_call(loop, '_step', 3),
-    'validation': lambda: die_at_call(loop, 'evaluate', 1),
-    'validation of the average': lambda: die_at_call(loop, 'evaluate', 2, after=True),
+    'validation': lambda: die_at_call(runner, 'evaluate', 1),
+    'validation of the average': lambda: die_at_call(runner, 'evaluate', 2, after=True),
     'half a write': lambda: die_in_write(1),
     'before a link': lambda: die_at_call(checkpoint.os, 'link', 1),
     'after a link': lambda: die_at_call(checkpoint.os, 'link', 1, after=True),

@@ -10,7 +10,7 @@ from small_run import recipe, write_images
 
 from dreal_timm.cli import main
 from dreal_timm.errors import one_line
-from dreal_timm.train import load_config, loop, run
+from dreal_timm.train import load_config, loop, run, runner
 from dreal_timm.train.finite import FiniteWatch
 from dreal_timm.train.runner import set_up
 
@@ -175,7 +175,7 @@ def test_settings_of_the_launcher_are_told(images, tmp_path, monkeypatch, caplog
 
 def test_a_validation_that_is_not_finite(images, tmp_path, monkeypatch):
     """Weights that break in the last step of an epoch are found by the validation, and not saved."""
-    monkeypatch.setattr(loop, 'evaluate', lambda *args: {'loss': float('nan'), 'top1': 0.0, 'top5': 0.0})
+    monkeypatch.setattr(runner, 'evaluate', lambda *args, **kwargs: {'loss': float('nan'), 'top1': 0.0, 'top5': 0.0})
     with pytest.raises(FloatingPointError, match='epoch 1: the loss of the validation is nan'):
         run(recipe(images, tmp_path))
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()

@@ -13,7 +13,7 @@ from equal import assert_equal
 from safetensors.torch import save_file
 from small_run import GROUP_NORM, SE, assert_close, before_updates, copied, gradients, recipe, start
 
-from dreal_timm.train import loop, run
+from dreal_timm.train import run, runner
 from dreal_timm.train.loop import fit, train_one_epoch
 
 SMALL = {'batch_size': 6, 'no_aug': True}
@@ -33,7 +33,8 @@ def rates_of(state):
 def found(monkeypatch, metrics):
     """Have the validations of a run find these values of top1, and 1 / top1 as the loss."""
     values = iter(metrics)
-    monkeypatch.setattr(loop, 'evaluate', lambda *_: {'top1': (top1 := next(values)), 'top5': 100.0, 'loss': 1 / top1})
+    monkeypatch.setattr(
+        runner, 'evaluate', lambda *_, **__: {'top1': (top1 := next(values)), 'top5': 100.0, 'loss': 1 / top1})
 
 
 def names(directory):
@@ -279,7 +280,8 @@ def test_nothing_to_validate(few, tmp_path):
 def test_metric_of_the_best(few, tmp_path, monkeypatch, metric, best):
     """Epochs are ranked by the highest top1 or the smallest loss, and the best two are kept."""
     metrics = iter([(20.0, 0.4), (50.0, 0.9), (40.0, 0.1), (10.0, 0.3)])
-    monkeypatch.setattr(loop, 'evaluate', lambda *_: dict(zip(('top1', 'loss'), next(metrics), strict=True)))
+    monkeypatch.setattr(
+        runner, 'evaluate', lambda *_, **__: dict(zip(('top1', 'loss'), next(metrics), strict=True)))
     results = run(recipe(few, tmp_path, epochs=4, eval_metric=metric, checkpoint_hist=2, save_epochs=[1, 4], **SMALL))
     directory = tmp_path / 'run'
     assert results['best_epoch'] == best

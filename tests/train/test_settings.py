@@ -12,7 +12,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.train import loop, run
+from dreal_timm.train import run, runner
 from dreal_timm.train.loop import fit, train_one_epoch
 
 SMALL = {'batch_size': 4, 'no_aug': True}
@@ -69,8 +69,9 @@ def test_moving_average(images, tmp_path, values, decay):
 
 def test_moving_average_is_what_counts(images, tmp_path, monkeypatch):
     """Both are validated, the average ranks the epochs, and that of the best epoch is exported."""
-    found, evaluate = iter([90.0, 10.0, 80.0, 30.0, 70.0, 20.0]), loop.evaluate
-    monkeypatch.setattr(loop, 'evaluate', lambda *args: evaluate(*args) | {'top1': next(found)})
+    found, evaluate = iter([90.0, 10.0, 80.0, 30.0, 70.0, 20.0]), runner.evaluate
+    monkeypatch.setattr(
+        runner, 'evaluate', lambda *args, **kwargs: evaluate(*args, **kwargs) | {'top1': next(found)})
     results = run(recipe(images, tmp_path, epochs=3, model_ema=True, model_ema_decay=0.8))
     assert (results['best_epoch'], results['metrics']['top1']) == (1, 30.0)
     assert results['metrics'] == results['epochs'][1]['validation_ema']
