@@ -82,10 +82,8 @@ def main() -> None:
     found = {(row['variant'], row['seed']): row for row in rows}
     for variant in args.variants:
         means = [interval([found[variant, seed][key] for seed in args.seeds]) for key in METRICS]
-        seconds = statistics.median(found[variant, seed]['seconds_an_epoch'] for seed in args.seeds)
         print(f'{variant:14} ' + '  '.join(
-            f'{key} {mean:6.2f} +- {half:.2f}' for key, (mean, half) in zip(METRICS, means, strict=True))
-            + f'  {seconds:.1f} s an epoch')
+            f'{key} {mean:6.2f} +- {half:.2f}' for key, (mean, half) in zip(METRICS, means, strict=True)))
     for second in args.variants:
         first = 'baseline' if second == 'attention' else 'attention'
         if second == 'baseline' or first not in args.variants:

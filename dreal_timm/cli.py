@@ -114,13 +114,14 @@ def _export_format(args: argparse.Namespace) -> None:
     print(f"exported {folder}\nlargest difference of a logit: {', '.join(found)}")
 
 
-def _measure(network: Any, data_dir: str, dataset: str, split: str) -> dict[str, Any]:
-    """Validate a classifier, or evaluate an embedding network."""
+def _measure(network: Any, source: str, data_dir: str, dataset: str, split: str) -> dict[str, Any]:
+    """Validate a classifier, or evaluate an embedding network as its training did."""
     from dreal_timm.models.reid import ReidNetwork
     if isinstance(network, ReidNetwork):
         from dreal_timm.reid import open_reid
-        from dreal_timm.reid.evaluation import evaluate_network
-        return evaluate_network(network, open_reid(data_dir, dataset.removeprefix('reid/')))[0]
+        from dreal_timm.reid.evaluation import evaluate_network, settings_of
+        data = open_reid(data_dir, dataset.removeprefix('reid/'))
+        return evaluate_network(network, data, **settings_of(source))[0]
     from dreal_timm.train.validate import measure
     return measure(network, data_dir, dataset, split)
 
@@ -132,7 +133,7 @@ def _export(args: argparse.Namespace) -> None:
     from dreal_timm.hub import export_run
     measure = None
     if args.data:
-        measure = partial(_measure, data_dir=args.data, dataset=args.dataset, split=args.split)
+        measure = partial(_measure, source=args.source, data_dir=args.data, dataset=args.dataset, split=args.split)
     folder = export_run(
         args.source, args.directory, args.weights, args.half,
         results=args.results, control=args.control, measure=measure)

@@ -144,6 +144,8 @@ def load_backbone(model: nn.Module, source: str | Path, head: bool = False, gate
         fresh |= {key for key in own if key.startswith(f'{classifier}.')}
     wanted = [key for key in own if key not in fresh]
     weights = dict(_weights(source, own[first].shape[1] if first in own else 3))
+    if not any(key in weights for key in wanted):  # an embedding network, whose backbone is the network
+        weights = {key.removeprefix('backbone.'): value for key, value in weights.items()}
     if first in weights and first in own and weights[first].shape[1] != own[first].shape[1]:
         weights[first] = adapt_input_conv(own[first].shape[1], weights[first])
     unfit = [key for key in wanted if key in weights and weights[key].shape != own[key].shape]

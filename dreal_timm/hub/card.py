@@ -50,6 +50,8 @@ def _data(name: str) -> tuple[str, str, str]:
     if known:
         return known
     kind, _, rest = name.partition('/')
+    if name in ('reid/csv', 'reid/folders'):
+        rest = 'a set of identities of its own'
     return (rest or 'an image folder', rest if kind in ('hfds', 'hfids') else '', 'not recorded')
 
 
@@ -173,11 +175,13 @@ def write_card(directory: str | Path) -> None:
     settings, record = training_settings(directory) or {}, training_record(directory)
     dreal = settings.get('dreal') or {}
     reinforced = bool(dreal.get('enabled', True)) if settings else None
-    name = results.get('dataset') or settings.get('dataset') or ''
-    data, data_id, data_license = _data(name) if settings or results else ('', '', 'not recorded')
+    name = settings.get('dataset') or ''
+    trained, _, data_license = _data(name) if settings else ('', '', 'not recorded')
+    measured = results.get('dataset') or ''
+    data, data_id, _ = _data(measured) if results else _data(name) if settings else ('', '', '')
     parameters, gmacs, size = _network(directory)
     architecture = config['architecture']
-    title = _title(architecture, reinforced, data if name else '')
+    title = _title(architecture, reinforced, trained if name else '')
     told = [(key, settings[key]) for key in _SETTINGS if settings.get(key) not in (None, '', False)]
     if reinforced:
         told += [(f'dreal.{key}', dreal[key]) for key in _REINFORCED if dreal.get(key) not in (None, '')]
@@ -188,11 +192,11 @@ def write_card(directory: str | Path) -> None:
     front = ModelCardData(
         library_name='timm', license=(config.get('pretrained_cfg') or {}).get('license') or 'apache-2.0',
         pipeline_tag=task, tags=[task, *(['person-re-identification'] if embedding else []), 'timm', 'dreal'],
-        datasets=[data_id] if data_id else None,
+        datasets=[data_id] if data_id and measured in ('', name) else None,
         model_name=title if results else None,
         eval_results=[
             EvalResult(
-                task, data_id or name or 'imagefolder', data, key, results[key], metric_name=metric,
+                task, data_id or measured or 'imagefolder', data, key, results[key], metric_name=metric,
                 dataset_split=results['split'], task_name='Re-identification' if embedding else 'Image classification')
             for key, metric in (
                 [('mAP', 'mAP (%)'), ('rank1', 'rank-1 (%)')] if embedding else
@@ -201,7 +205,7 @@ def write_card(directory: str | Path) -> None:
     card = ModelCard.from_template(
         front, template_str=_template().read_text(encoding='utf-8'),
         title=title, kind=_title(architecture, None, ''), classes=config['num_classes'],
-        dataset=data, reinforced=reinforced, architecture=architecture, parameters=f'{parameters:,}',
+        dataset=trained, reinforced=reinforced, architecture=architecture, parameters=f'{parameters:,}',
         gmacs=f'{gmacs:.3f}', input=' x '.join(map(str, size)), mode='L' if size[0] == 1 else 'RGB',
         dtype=str(next(t for t in state.values() if t.is_floating_point()).dtype).removeprefix('torch.'),
         backbone=(config.get('model_args') or {}).get('backbone', 'dreal_cbam_resnet50'),
@@ -214,7 +218,7 @@ def write_card(directory: str | Path) -> None:
         weights_line='' if epoch is None else
         f"These are {weights[checkpoint['weights']]} after epoch {epoch + 1}, the checkpoint that was exported.",
         made_with=_made_with(record), cost_line=_cost(dreal.get('probe'), record, control.get('run')),
-        chosen=bool(results) and epoch is not None and settings.get('eval_metric') != 'epoch' and (
+        chosen=bool(results) and epoch is not None and measured == name and settings.get('eval_metric') != 'epoch' and (
             embedding or results['split'] == settings.get('val_split')),
     )
     (directory / 'README.md').write_text(re.sub('\n{3,}', '\n\n', str(card)).rstrip() + '\n', encoding='utf-8')

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 import yaml
 
-__all__ = ['check_control', 'read_results', 'shared_settings', 'training_record', 'training_settings', 'weights_digest']
+__all__ = [
+    'check_control', 'read_results', 'run_settings', 'shared_settings', 'training_record', 'training_settings',
+    'weights_digest',
+]
 
 _KEYS = {
     'architecture': str, 'weights_sha256': str, 'dataset': str, 'split': str, 'samples': int,
@@ -71,6 +74,12 @@ def _told(path: Path) -> dict[str, Any] | None:
 def training_settings(directory: Path) -> dict[str, Any] | None:
     """Return the settings (`args.yaml`) that an exported folder's network was trained with, where they are known."""
     return _told(directory / 'training' / 'args.yaml')
+
+
+def run_settings(source: Path) -> dict[str, Any] | None:
+    """Return the settings that a run, a checkpoint in its folder, or what was exported of it was trained with."""
+    folder = source.parent if source.is_file() else source
+    return _told(folder / 'args.yaml') or training_settings(folder)
 
 
 def training_record(directory: Path) -> dict[str, Any] | None:

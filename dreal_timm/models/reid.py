@@ -19,6 +19,7 @@ from dreal_timm.layers import GemPool
 __all__ = ['ReidNetwork', 'remove_last_stride']
 
 _POOLS = ('avg', 'max', 'gem')
+_HINT = ' (last_stride=2 leaves it)'
 _Sizes = dict[str, tuple[int, int]]
 
 
@@ -46,13 +47,15 @@ def _sizes(model: nn.Module, input: torch.Tensor) -> tuple[_Sizes, _Sizes, int]:
             last = model.forward_features(input)  # type: ignore[operator]
     except (AssertionError, RuntimeError) as error:
         reason = ' '.join(str(error).split())[:120]
-        raise ValueError(f'{type(model).__name__} cannot be tried with {tuple(input.shape[1:])}: {reason}') from error
+        size = tuple(input.shape[1:])
+        raise ValueError(f'{type(model).__name__} cannot be tried with {size}{_HINT}: {reason}') from error
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
     if last.dim() != 4:
-        raise ValueError(f'{type(model).__name__} gives no feature map, {tuple(last.shape)}: it has no last stride.')
+        size = tuple(last.shape)
+        raise ValueError(f'{type(model).__name__} gives no feature map, {size}: it has no last stride{_HINT}.')
     return taken, given, last.shape[2]
 
 
@@ -84,10 +87,11 @@ def remove_last_stride(model: nn.Module, input_size: tuple[int, int, int] = (3, 
             parent, _, child = name.rpartition('.')
             setattr(model.get_submodule(parent), child, nn.Identity())
         else:
-            raise ValueError(f'{name}, a {type(module).__name__}, halves the map: its stride cannot be removed.')
+            raise ValueError(
+                f'{name}, a {type(module).__name__}, halves the map: its stride cannot be removed{_HINT}.')
         changed.append(name)
     if not changed or _sizes(model, input)[2] != 2 * height:
-        raise ValueError(f'{type(model).__name__} has no last stride that could be removed.')
+        raise ValueError(f'{type(model).__name__} has no last stride that could be removed{_HINT}.')
     return tuple(changed)
 
 
@@ -103,6 +107,7 @@ class ReidNetwork(nn.Module):
         neck: Whether a batch norm without a bias stands between features and classifier.
         drop_rate: Dropout before the classifier.
         backbone_args: Further arguments of the backbone.
+        drop_path_rate, drop_block_rate, bn_momentum, bn_eps: Of the backbone; None leaves its own.
 
     Raises:
         ValueError: A wrong choice, or a backbone without a last stride that could be removed.
@@ -118,14 +123,21 @@ class ReidNetwork(nn.Module):
             neck: bool = True,
             drop_rate: float = 0.0,
             backbone_args: dict[str, Any] | None = None,
+            drop_path_rate: float | None = None,
+            drop_block_rate: float | None = None,
+            bn_momentum: float | None = None,
+            bn_eps: float | None = None,
     ):
         super().__init__()
         if global_pool not in _POOLS or last_stride not in (1, 2):
             raise ValueError(
                 f"global_pool must be one of {', '.join(_POOLS)} and last_stride 1 or 2, got '{global_pool}' and "
                 f'{last_stride}.')
+        options = dict(
+            drop_path_rate=drop_path_rate, drop_block_rate=drop_block_rate, bn_momentum=bn_momentum, bn_eps=bn_eps)
+        given = {name: value for name, value in options.items() if value is not None}
         self.backbone: Any = timm.create_model(
-            backbone, num_classes=0, global_pool='', in_chans=in_chans, **(backbone_args or {}))
+            backbone, num_classes=0, global_pool='', in_chans=in_chans, **{**given, **(backbone_args or {})})
         if last_stride == 1:
             remove_last_stride(self.backbone, (in_chans, 128, 128))
         self.num_features = self.head_hidden_size = self.backbone.num_features
@@ -214,9 +226,11 @@ default_cfgs = generate_default_cfgs({
 @register_model
 def dreal_reid(pretrained: bool = False, **kwargs: Any) -> ReidNetwork:
     """An embedding network for re-identification; `backbone` names the network that it is made of."""
-    kwargs.pop('features_only', None)
-    model = build_model_with_cfg(ReidNetwork, 'dreal_reid', pretrained, **kwargs)
-    inner = model.backbone.pretrained_cfg.get('first_conv')
-    if isinstance(inner, str):
-        model.pretrained_cfg['first_conv'] = f'backbone.{inner}'
-    return model
+    if kwargs.pop('features_only', False):
+        raise RuntimeError('features_only is not implemented for dreal_reid: make it of the backbone.')
+    config = timm.get_pretrained_cfg(kwargs.get('backbone', 'dreal_cbam_resnet50'))
+    inner = None if config is None else config.first_conv
+    if inner is not None:  # which weights are fitted to the channels of the images by
+        first = f'backbone.{inner}' if isinstance(inner, str) else tuple(f'backbone.{name}' for name in inner)
+        kwargs['pretrained_cfg_overlay'] = {'first_conv': first, **(kwargs.get('pretrained_cfg_overlay') or {})}
+    return build_model_with_cfg(ReidNetwork, 'dreal_reid', pretrained, **kwargs)

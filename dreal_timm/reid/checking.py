@@ -2,14 +2,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from dreal_timm.reid.images import SMALLEST
-from dreal_timm.reid.layouts import DISTRACTOR, SPLITS, ReidData, ReidImage
+from dreal_timm.reid.images import why_broken
+from dreal_timm.reid.layouts import DISTRACTOR, SPLITS, ReidData, ReidImage, origin
 
 __all__ = ['Check', 'check_reid', 'unanswered']
 
@@ -22,10 +20,13 @@ class Check:
         data: The data set.
         counts: Identities, images and cameras of each split.
         problems: What will stop a training or falsify its numbers, a line each.
+        details: All that the problems name the first few of, by 'unanswered', 'few_images', 'known_identities',
+            'repeated', 'broken'.
     """
     data: ReidData
     counts: dict[str, dict[str, int]]
     problems: tuple[str, ...]
+    details: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -46,36 +47,22 @@ class Check:
 
 
 def unanswered(data: ReidData, camera_rule: str = 'exclude') -> list[ReidImage]:
-    """Return the queries that no image of the gallery answers.
+    """Return the queries that no image of the gallery answers; distractors (identity 0) never do.
 
     Args:
         data: The data set.
-        camera_rule: 'exclude' counts answers from another camera alone, 'ignore' all.
+        camera_rule: 'exclude' counts answers from another camera alone, 'ignore' all but the query's own file.
     """
-    cameras: dict[int, set[int]] = {}
+    origins: dict[int, set[int | Path]] = {}
     for image in data.gallery:
-        cameras.setdefault(image.pid, set()).add(image.camid)
-    own = camera_rule == 'ignore'
-    return [
-        image for image in data.query
-        if not cameras.get(image.pid, set()) - (set() if own else {image.camid})]
+        if image.pid != DISTRACTOR:
+            origins.setdefault(image.pid, set()).add(origin(image, camera_rule))
+    return [image for image in data.query if not origins.get(image.pid, set()) - {origin(image, camera_rule)}]
 
 
 def _some(names: Sequence[Any], count: int = 3) -> str:
     more = f' and {len(names) - count:,} more' if len(names) > count else ''
     return ', '.join(map(str, names[:count])) + more
-
-
-def _broken(path: Path) -> str:
-    """Why an image cannot be used, or nothing."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if min(image.size) < SMALLEST:
-                return f'{image.width} x {image.height} pixels'
-    except Exception as error:  # PIL raises of all kinds for a broken file
-        return ' '.join(str(error).split()) or type(error).__name__
-    return ''
 
 
 def check_reid(
@@ -99,8 +86,9 @@ def check_reid(
             'identities': len(data.identities(split)), 'images': len(getattr(data, split)),
             'cameras': len({image.camid for image in getattr(data, split)})}
         for split in SPLITS}
-    problems = []
+    problems, details = [], {}
     lost = unanswered(data, camera_rule)
+    details['unanswered'] = [str(image.path) for image in lost]
     cameras = {image.camid for image in (*data.query, *data.gallery)}
     if camera_rule == 'exclude' and len(cameras) == 1:
         problems.append('queries and gallery are of one camera, so that nothing answers: use --camera-rule ignore')
@@ -109,23 +97,37 @@ def check_reid(
         problems.append(
             f'{len(lost):,} of {len(data.query):,} queries have no image {where}in the gallery that answers, and are '
             f'left out of the numbers: {_some([image.path.name for image in lost])}')
+    distractors = sum(image.pid == DISTRACTOR for image in data.query)
+    if distractors:
+        problems.append(
+            f'{distractors:,} queries are of identity 0, which is that of distractors and answers nothing: count '
+            'identities from 1')
     sizes = Counter(image.pid for image in data.train)
     few = sorted(pid for pid, count in sizes.items() if count < images_per_identity)
+    details['few_images'] = [str(pid) for pid in few]
     if few:
         problems.append(
             f'{len(few):,} of {len(sizes):,} identities to train on have fewer than {images_per_identity} images, some '
             f'of which a batch then holds twice: {_some(few)}')
     tested = (set(data.identities('query')) | set(data.identities('gallery'))) - {DISTRACTOR}
     known = sorted(tested & sizes.keys())
+    details['known_identities'] = [str(pid) for pid in known]
     if known:
         problems.append(
             f'{len(known):,} identities are in the training split and in the test: numbers will tell of known people: '
             f'{_some(known)}')
+    seen = Counter(image.path for split in SPLITS for image in getattr(data, split))
+    details['repeated'] = [str(path) for path, count in seen.items() if count > 1]
+    if details['repeated']:
+        problems.append(
+            f"{len(details['repeated']):,} files are listed more than once, in a split or in several: "
+            f"{_some(details['repeated'])}")
     if read_images:
-        paths = [image.path for split in (*SPLITS, 'extra') for image in getattr(data, split)]
+        paths = list(dict.fromkeys(image.path for split in (*SPLITS, 'extra') for image in getattr(data, split)))
         with ThreadPoolExecutor(workers) as pool:
-            reasons = pool.map(_broken, paths)
+            reasons = pool.map(why_broken, paths)
             broken = [f'{path} ({reason})' for path, reason in zip(paths, reasons, strict=True) if reason]
+        details['broken'] = broken
         if broken:
             problems.append(f'{len(broken):,} images cannot be used: {_some(broken)}')
-    return Check(data, counts, tuple(problems))
+    return Check(data, counts, tuple(problems), details)

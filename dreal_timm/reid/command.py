@@ -1,12 +1,13 @@
 """`dreal-timm reid ...`"""
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dreal_timm.hub import read_network
 from dreal_timm.reid.checking import check_reid
-from dreal_timm.reid.evaluation import evaluate_reid
+from dreal_timm.reid.evaluation import evaluate_network, open_checked, told_of
 from dreal_timm.reid.layouts import LAYOUTS, open_reid
 from dreal_timm.reid.metrics import CAMERA_RULES, METRICS
 from dreal_timm.reid.pictures import check_kind, draw_rankings, rank_queries
@@ -16,16 +17,26 @@ __all__ = ['add_commands']
 
 
 def _check(args: argparse.Namespace) -> int:
+    _at_least(args, images=1, workers=1)
     found = check_reid(
         open_reid(args.directory, args.layout), args.images, args.camera_rule, not args.no_images, args.workers)
     if args.json:
         told = {
             'directory': str(found.data.root), 'layout': found.data.layout, 'counts': found.counts,
-            'junk': found.data.junk, 'notes': found.data.notes, 'problems': list(found.problems)}
+            'junk': found.data.junk, 'notes': found.data.notes, 'problems': list(found.problems),
+            'details': found.details}
         print(json.dumps(told, indent=2))
     else:
         print(found)
+        for name, lines in found.details.items() if args.all else ():
+            print(f"{name}:{''.join(f'{chr(10)}  {line}' for line in lines) or ' none'}")
     return 1 if found.problems else 0
+
+
+def _at_least(args: argparse.Namespace, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise ValueError(f"--{name.replace('_', '-')}: expected {value} or more, got {getattr(args, name)}.")
 
 
 def _check_new(path: str) -> None:
@@ -43,44 +54,52 @@ def _check_picture(path: str) -> None:
 def _eval(args: argparse.Namespace) -> None:
     _check_new(args.results)
     _check_picture(args.picture)
-    if args.lists < 1:
-        raise ValueError(f'--lists: expected 1 or more, got {args.lists}.')
-    if len(args.data) > 1 and args.picture:
+    _at_least(args, lists=1, batch_size=1, workers=0)
+    if args.picture and len(args.data) > 1:
         raise ValueError('--picture: draws the lists of one data set.')
-    told, rows = [], []
-    for place in args.data:
-        results, data, query, gallery = evaluate_reid(
-            args.model, place, args.layout, metric=args.metric, camera_rule=args.camera_rule, flip=not args.no_flip,
+    if args.picture and args.multi_query:
+        raise ValueError('--picture: a query that is pooled from several images is no image, leave out --multi-query.')
+    if args.picture and args.picture == args.results:
+        raise ValueError('--picture and --results: two files need two names.')
+    opened = [open_checked(place, args.layout, args.camera_rule) for place in args.data]  # before any work
+    network = read_network(args.model)
+    told: list[dict[str, Any]] = []
+    for place, data in zip(args.data, opened, strict=True):
+        results, query, gallery = evaluate_network(
+            network, data, metric=args.metric, camera_rule=args.camera_rule, flip=not args.no_flip,
             reranked=args.rerank, multi_query=args.multi_query, batch_size=args.batch_size, workers=args.workers,
             device=args.device)
-        told.append(results)
-        rows.append((str(place), results))
-        if args.picture:
-            count = min(args.lists, len(data.query))
-            numbers = [i * len(data.query) // count for i in range(count)]
-            draw_rankings(rank_queries(
-                query, gallery, data, numbers, metric=args.metric, camera_rule=args.camera_rule), args.picture)
+        told.append(told_of(args.model, place, results))
+        if not args.json:
+            width = max(len('data'), *(len(str(other)) for other in args.data))
+            print('\n'.join(_table(str(place), results, width, head=len(told) == 1)), flush=True)
     text = json.dumps(told[0] if len(told) == 1 else told, indent=2)
-    print(text if args.json else _table(rows))
+    if args.json:
+        print(text)
     if args.results:
         Path(args.results).write_text(text + '\n', encoding='utf-8')
+    if args.picture:
+        count = min(args.lists, len(data.query))
+        numbers = [i * len(data.query) // count for i in range(count)]
+        draw_rankings(rank_queries(
+            query, gallery, data, numbers, metric=args.metric, camera_rule=args.camera_rule, reranked=args.rerank,
+        ), args.picture)
 
 
-def _table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    width = max(len('data'), *(len(name) for name, _ in rows))
-    lines = [f"{'data':{width}} {'mAP':>7} {'rank-1':>7} {'rank-5':>7} {'rank-10':>8} {'rank-20':>8} {'mINP':>7} "
-             f"{'queries':>8} {'skipped':>8}"]
-    lines += [
+def _table(name: str, found: Mapping[str, Any], width: int, head: bool) -> list[str]:
+    """The row of a data set, below the head of the table if it is the first."""
+    title = (
+        f"{'data':{width}} {'mAP':>7} {'rank-1':>7} {'rank-5':>7} {'rank-10':>8} {'rank-20':>8} {'mINP':>7} "
+        f"{'queries':>8} {'skipped':>8}")
+    row = (
         f"{name:{width}} {found['mAP']:7.2f} {found['rank1']:7.2f} {found['rank5']:7.2f} {found['rank10']:8.2f} "
-        f"{found['rank20']:8.2f} {found['mINP']:7.2f} {found['queries']:8,} {found['skipped']:8,}"
-        for name, found in rows]
-    return '\n'.join(lines)
+        f"{found['rank20']:8.2f} {found['mINP']:7.2f} {found['queries']:8,} {found['skipped']:8,}")
+    return [title, row] if head else [row]
 
 
 def _search(args: argparse.Namespace) -> None:
     _check_picture(args.picture)
-    if args.top < 1:
-        raise ValueError(f'--top: expected 1 or more, got {args.top}.')
+    _at_least(args, top=1, batch_size=1, workers=0)
     rankings = search(
         args.model, args.query, args.gallery, args.top, args.metric, not args.no_flip, args.batch_size, args.workers,
         args.device)
@@ -110,6 +129,7 @@ def add_commands(reid: argparse.ArgumentParser) -> None:
         '--camera-rule', choices=CAMERA_RULES, default='exclude', help='rule of the evaluation (exclude)')
     check.add_argument('--no-images', action='store_true', help='do not read the images')
     check.add_argument('--workers', metavar='N', type=int, default=4, help='threads that read them (4)')
+    check.add_argument('--all', action='store_true', help='name all that was found, not the first three')
     check.add_argument('--json', action='store_true', help='print JSON')
     check.set_defaults(function=_check)
 

@@ -13,18 +13,18 @@ from timm.data import create_loader, resolve_model_data_config
 from torch import nn
 
 from dreal_timm.hub import read_network, weights_digest
-from dreal_timm.hub.results import training_record, training_settings
+from dreal_timm.hub.results import run_settings, training_record, training_settings
 from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.reid.checking import unanswered
-from dreal_timm.reid.images import ReidSet, check_headers
-from dreal_timm.reid.layouts import ReidData, ReidImage, open_reid
-from dreal_timm.reid.metrics import distance_blocks, pool_queries, score
+from dreal_timm.reid.images import ReidSet, check_images
+from dreal_timm.reid.layouts import ReidData, ReidImage, open_reid, origin
+from dreal_timm.reid.metrics import CAMERA_RULES, distance_blocks, pool_queries, score
 from dreal_timm.reid.reranking import rerank
 from dreal_timm.version import __version__
 
 __all__ = [
     'check_answers', 'embed', 'evaluate_features', 'evaluate_network', 'evaluate_reid', 'extract_features',
-    'feature_loader',
+    'feature_loader', 'open_checked', 'pooled_queries', 'settings_of', 'told_of',
 ]
 
 _PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
@@ -116,10 +116,38 @@ def check_answers(data: ReidData, camera_rule: str = 'exclude') -> None:
     raise ValueError(f"'{data.root}': no image of the gallery answers any of the {len(data.query):,} queries{hint}.")
 
 
-def _numbers(images: Sequence[ReidImage], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        torch.tensor([image.pid for image in images], dtype=torch.int64, device=device),
-        torch.tensor([image.camid for image in images], dtype=torch.int64, device=device))
+def _pids(images: Sequence[ReidImage], device: torch.device) -> torch.Tensor:
+    return torch.tensor([image.pid for image in images], dtype=torch.int64, device=device)
+
+
+def _origins(data: ReidData, queries: Sequence[ReidImage], rule: str, device: torch.device) -> list[torch.Tensor]:
+    """Numbers of what an answer must not share with its query, of queries and gallery: cameras or files."""
+    number: dict[Any, int] = {}
+    return [
+        torch.tensor([number.setdefault(origin(image, rule), len(number)) for image in images], device=device)
+        for images in (queries, data.gallery)]
+
+
+def pooled_queries(
+        query: torch.Tensor,
+        data: ReidData,
+        extra: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return one query for each identity and camera (multi query): the mean of their features, and both numbers.
+
+    Args:
+        query: Features of the queries, (Q, C).
+        data: The data set that they are of.
+        extra: Features of `data.extra`, which take the place of the queries of their identities and cameras.
+    """
+    images, features = data.query, query
+    if extra is not None:
+        covered = {(image.pid, image.camid) for image in data.extra}
+        rest = [i for i, image in enumerate(data.query) if (image.pid, image.camid) not in covered]
+        images = [*data.extra, *(data.query[i] for i in rest)]
+        features = torch.cat([extra, query[torch.tensor(rest, dtype=torch.int64, device=query.device)]])
+    camids = torch.tensor([image.camid for image in images], dtype=torch.int64, device=query.device)
+    return pool_queries(features, _pids(images, query.device), camids)
 
 
 def evaluate_features(
@@ -139,23 +167,27 @@ def evaluate_features(
         gallery: Features of the gallery, (G, C).
         data: The data set that they are of.
         metric: 'cosine' or 'euclidean'.
-        camera_rule: 'exclude' or 'ignore', see `score`.
-        reranked: Whether the ranking is that of k-reciprocal re-ranking, whose distance is euclidean between features
-            of length 1.
+        camera_rule: 'exclude' or 'ignore', see `score`; with the latter a query's own file in the gallery is left out.
+        reranked: Whether the ranking is that of k-reciprocal re-ranking by this metric.
         extra: Features of `data.extra`, for multi query.
-        multi_query: One query for each identity and camera: the mean of `extra`, where it is given, or of the queries.
+        multi_query: One query for each identity and camera, see `pooled_queries`.
 
     Raises:
         ValueError: Unknown metric or rule.
     """
-    pids, camids = _numbers(data.query, query.device)
-    if multi_query and extra is not None:
-        query, (pids, camids) = extra, _numbers(data.extra, query.device)
+    gallery_pids = _pids(data.gallery, query.device)
+    if camera_rule not in CAMERA_RULES:
+        raise ValueError(f"camera_rule must be one of {', '.join(CAMERA_RULES)}, got '{camera_rule}'.")
     if multi_query:
-        query, pids, camids = pool_queries(query, pids, camids)
-    blocks = rerank(query, gallery) if reranked else distance_blocks(query, gallery, metric)
-    gallery_pids, gallery_camids = _numbers(data.gallery, query.device)
-    found = score(blocks, pids, gallery_pids, camids, gallery_camids, camera_rule).summary()
+        query, pids, camids = pooled_queries(query, data, extra)
+        known = torch.tensor([image.camid for image in data.gallery], dtype=torch.int64, device=query.device)
+        # a pooled query is no file of the gallery
+        camids, known = (camids, known) if camera_rule == 'exclude' else (camids * 0 - 1, known * 0)
+    else:
+        pids = _pids(data.query, query.device)
+        camids, known = _origins(data, data.query, camera_rule, query.device)
+    blocks = rerank(query, gallery, metric=metric) if reranked else distance_blocks(query, gallery, metric)
+    found = score(blocks, pids, gallery_pids, camids, known).summary()
     return {'mAP': found.pop('mAP'), **found}
 
 
@@ -185,7 +217,7 @@ def evaluate_network(
     check_answers(data, camera_rule)
     asked = data.extra if multi_query else []
     images = [*data.query, *data.gallery, *asked]
-    check_headers(images)
+    check_images(images)
     if isinstance(model, ReidNetwork):
         model.reset_classifier(0)  # as it is exported
     digest = weights_digest(model.state_dict())
@@ -235,10 +267,38 @@ def evaluate_reid(
         ValueError: No such model or layout; an image that cannot be read; no query has an answer.
         WeightsError: The weights cannot be had.
     """
-    data = open_reid(directory, layout)
-    check_answers(data, options.get('camera_rule', 'exclude'))
+    data = open_checked(directory, layout, options.get('camera_rule', 'exclude'))
     results, query, gallery = evaluate_network(read_network(model), data, **options)
-    told = {
+    return told_of(model, directory, results), data, query, gallery
+
+
+def open_checked(directory: str | Path, layout: str = '', camera_rule: str = 'exclude') -> ReidData:
+    """Open a data set, and raise a ValueError where nothing in it can be measured or the header of an image is broken.
+
+    Args:
+        directory: Its folder, or a table.
+        layout: Name of the layout; empty looks what it is.
+        camera_rule: 'exclude' or 'ignore'.
+    """
+    data = open_reid(directory, layout)
+    check_answers(data, camera_rule)
+    check_images([*data.query, *data.gallery])
+    return data
+
+
+def told_of(model: str | Path, directory: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return results with the names of network and data, and with what its folder tells of the training."""
+    return {
         'model': str(model), 'data': str(directory), **results,
         'training': training_settings(Path(model)), 'run': training_record(Path(model))}
-    return told, data, query, gallery
+
+
+def settings_of(model: str | Path) -> dict[str, Any]:
+    """Return how a run, or what was exported of it, evaluates: 'metric', 'camera_rule', 'flip'; {} if it is not known.
+
+    Args:
+        model: Folder of a run, a checkpoint in it, or an exported folder.
+    """
+    dreal = (run_settings(Path(model)) or {}).get('dreal') or {}
+    names = {'metric': 'dist_metric', 'camera_rule': 'camera_rule', 'flip': 'flip_test'}
+    return {name: dreal[key] for name, key in names.items() if key in dreal} if dreal.get('task') == 'reid' else {}

@@ -1,6 +1,8 @@
 """Images of re-identification for a loader of torch or timm"""
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -8,7 +10,7 @@ from torch.utils.data import Dataset
 
 from dreal_timm.reid.layouts import ReidImage
 
-__all__ = ['SMALLEST', 'ReidSet', 'check_headers']
+__all__ = ['SMALLEST', 'ReidSet', 'check_images', 'why_broken']
 
 SMALLEST = 2  # pixels of a side: less is an empty detection
 
@@ -44,27 +46,38 @@ class ReidSet(Dataset):
         return image if self.transform is None else self.transform(image), self.labels[index]
 
 
-def _problem(image: ReidImage) -> str:
+def why_broken(path: Path, whole: bool = True) -> str:
+    """Return why an image cannot be used, or nothing.
+
+    Args:
+        path: The file.
+        whole: Whether all of it is read, or its header alone.
+    """
     try:
-        with Image.open(image.path) as opened:
-            width, height = opened.size
-    except Exception as error:
-        return f"'{image.path}' cannot be read: {' '.join(str(error).split())}"
-    return f"'{image.path}' is {width} x {height} pixels" if min(width, height) < SMALLEST else ''
+        with Image.open(path) as image:
+            if whole:
+                image.load()
+            if min(image.size) < SMALLEST:
+                return f'is {image.width} x {image.height} pixels'
+    except Exception as error:  # PIL raises of all kinds for a broken file
+        return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+    return ''
 
 
-def check_headers(images: Sequence[ReidImage], workers: int = 4) -> None:
-    """Look at the beginning of each file: is it an image, and one of more than a pixel?
+def check_images(images: Sequence[ReidImage], whole: bool = False, workers: int = 4) -> None:
+    """Look at each file: is it an image, and one of more than a pixel?
 
     Args:
         images: The images.
+        whole: Whether all of it is read, or its header alone.
         workers: Threads that read them.
 
     Raises:
         ValueError: One is not; the first is named, and their number.
     """
     with ThreadPoolExecutor(workers) as pool:
-        problems = [problem for problem in pool.map(_problem, images) if problem]
+        reasons = pool.map(partial(why_broken, whole=whole), (image.path for image in images))
+        problems = [f"'{image.path}' {reason}" for image, reason in zip(images, reasons, strict=True) if reason]
     if problems:
-        more = f', and {len(problems) - 1:,} more' if len(problems) > 1 else ''
-        raise ValueError(f'{problems[0]}{more}: dreal-timm reid check DIR finds them all.')
+        more = f', and {len(problems) - 1:,} more are broken' if len(problems) > 1 else ''
+        raise ValueError(f'{problems[0]}{more}.')

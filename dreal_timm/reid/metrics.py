@@ -115,7 +115,8 @@ def score(
     Args:
         blocks: Distances of the queries in their order to the whole gallery, a block of queries after the other, each
             (B, G). They are changed in place.
-        query_pids, gallery_pids: Identities, (Q,) and (G,) int64. Junk (-1) must not be among them.
+        query_pids, gallery_pids: Identities, (Q,) and (G,) int64. Junk (-1) must not be among them; a query of
+            identity 0 has no answer.
         query_camids, gallery_camids: Cameras, (Q,) and (G,) int64.
         camera_rule: 'exclude' leaves out what the gallery has of a query's identity from the query's camera; 'ignore'
             does not look at cameras.
@@ -130,6 +131,7 @@ def score(
     if not len(gallery_pids):
         raise ValueError('The gallery is empty.')
     index, meant = _same_identity(query_pids, gallery_pids)
+    meant &= query_pids[:, None] != 0  # a distractor is an answer to nothing
     ignored = meant & (gallery_camids[index] == query_camids[:, None])
     if camera_rule == 'ignore':
         ignored = torch.zeros_like(meant)

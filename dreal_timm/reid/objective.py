@@ -57,6 +57,10 @@ class IdentityLoss(nn.Module):
         self._features: torch.Tensor | None = None
         model.neck.register_forward_pre_hook(self._keep)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the network copies its hook, and with it this; features with a graph cannot be copied
+        return {**self.__dict__, '_features': None, 'parts': {}}
+
     def _keep(self, module: nn.Module, args: Any) -> None:
         if module.training and torch.is_grad_enabled():
             self._features = args[0]

@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from dreal_timm.reid.layouts import ReidData, ReidImage
+from dreal_timm.reid.layouts import ReidData, ReidImage, origin
 from dreal_timm.reid.metrics import distance_blocks
+from dreal_timm.reid.reranking import rerank
 
 __all__ = ['Ranking', 'check_kind', 'draw_rankings', 'rank_queries']
 
+_KINDS = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.pdf')
 _BORDER, _GAP, _HEIGHT = 4, 6, 128
 _RIGHT, _WRONG, _PLAIN = (0, 150, 60), (205, 20, 20), (90, 90, 90)
 
@@ -39,6 +41,7 @@ def rank_queries(
         top: int = 10,
         metric: str = 'cosine',
         camera_rule: str = 'exclude',
+        reranked: bool = False,
 ) -> list[Ranking]:
     """Return the heads of the ranked lists of some queries.
 
@@ -49,17 +52,28 @@ def rank_queries(
         numbers: Numbers of the queries that are asked for.
         top: Length of a list.
         metric: 'cosine' or 'euclidean'.
-        camera_rule: 'exclude' leaves out the gallery's images of the query's identity and camera.
+        camera_rule: 'exclude' leaves out the gallery's images of the query's identity and camera, 'ignore' the query's
+            own file.
+        reranked: Whether the lists are those of k-reciprocal re-ranking, which looks at all queries.
     """
-    blocks = distance_blocks(query[torch.as_tensor(numbers, device=query.device)], gallery, metric)
+    chosen = torch.as_tensor(numbers, device=query.device)
+    if reranked:
+        rows = torch.empty(len(chosen), len(gallery), device=query.device, dtype=query.dtype)
+        start = 0
+        for block in rerank(query, gallery, metric=metric):
+            inside = (chosen >= start) & (chosen < start + len(block))
+            rows[inside] = block[chosen[inside] - start]
+            start += len(block)
+    else:
+        rows = torch.cat(list(distance_blocks(query[chosen], gallery, metric)))
     lists = []
-    for number, row in zip(numbers, (row for block in blocks for row in block), strict=True):
+    for number, row in zip(numbers, rows, strict=True):
         asked = data.query[number]
         found: list[tuple[ReidImage, float]] = []
         values, order = row.sort(stable=True)
         for distance, place in zip(values.tolist(), order.tolist(), strict=True):
             image = data.gallery[place]
-            if camera_rule == 'exclude' and (image.pid, image.camid) == (asked.pid, asked.camid):
+            if image.pid == asked.pid and origin(image, camera_rule) == origin(asked, camera_rule):
                 continue
             found.append((image, distance))
             if len(found) == top:
@@ -71,9 +85,9 @@ def rank_queries(
 
 
 def check_kind(path: str | Path) -> None:
-    """Raise a ValueError if the name of a file tells no kind of image."""
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"'{path}': its name tells no kind of image, such as .png.")
+    """Raise a ValueError if the name of a file tells no kind of image that is written."""
+    if Path(path).suffix.lower() not in _KINDS:
+        raise ValueError(f"'{path}': its name must end with one of {', '.join(_KINDS)}.")
 
 
 def _tile(path: Path, colour: tuple[int, int, int], crossed: bool, width: int) -> Image.Image:

@@ -1,33 +1,45 @@
 """Looking for images like a query in a folder of one's own, without identities"""
+import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import resolve_model_data_config
 
 from dreal_timm.hub import read_network
 from dreal_timm.reid.evaluation import extract_features, feature_loader
-from dreal_timm.reid.images import check_headers
-from dreal_timm.reid.layouts import ReidImage
+from dreal_timm.reid.images import check_images, why_broken
+from dreal_timm.reid.layouts import ReidImage, image_files
 from dreal_timm.reid.metrics import distance_blocks
 from dreal_timm.reid.pictures import Ranking
 
 __all__ = ['search']
 
+_logger = logging.getLogger(__name__)
+
 
 def _found(places: Sequence[str | Path], what: str) -> list[Path]:
-    known = Image.registered_extensions()
     paths: list[Path] = []
     for place in map(Path, places):
         if not place.exists():
             raise FileNotFoundError(f"{what}: no file or folder '{place}'.")
-        inside = sorted(place.rglob('*')) if place.is_dir() else [place]
-        paths += [path for path in inside if not place.is_dir() or (path.is_file() and path.suffix.lower() in known)]
+        paths += image_files(place, deep=True) if place.is_dir() else [place]
     if not paths:
         raise FileNotFoundError(f"{what}: no image in {', '.join(map(str, places))}.")
     return paths
+
+
+def _readable(paths: Sequence[Path], workers: int = 4) -> list[Path]:
+    """Those that can be read; the others are named once."""
+    with ThreadPoolExecutor(workers) as pool:
+        reasons = list(pool.map(why_broken, paths))
+    broken = [f"'{path}' {reason}" for path, reason in zip(paths, reasons, strict=True) if reason]
+    if broken:
+        more = f', and {len(broken) - 1:,} more' if len(broken) > 1 else ''
+        _logger.warning(f'gallery: left out: {broken[0]}{more}')
+    return [path for path, reason in zip(paths, reasons, strict=True) if not reason]
 
 
 def search(
@@ -46,7 +58,8 @@ def search(
     Args:
         model: As `evaluate_reid` takes it.
         queries: Files, or folders of them.
-        gallery: A folder, which is searched with all that is in it, or a file.
+        gallery: A folder, which is searched with all that is in it, or a file. What cannot be read is left out, which
+            is said.
         top: Length of a list.
         metric: 'cosine' or 'euclidean' (squared).
         flip: Whether features are means with those of the mirror image.
@@ -56,12 +69,15 @@ def search(
 
     Raises:
         FileNotFoundError: The network, a query or the gallery is missing.
-        ValueError: An image cannot be read; no such model.
+        ValueError: A query cannot be read, or nothing of the gallery; no such model.
         WeightsError: The weights cannot be had.
     """
     asked, known = _found(queries, 'query'), _found([gallery], 'gallery')
+    check_images([ReidImage(path, 0, 0) for path in asked], whole=True)
+    known = _readable(known)
+    if not known:
+        raise ValueError(f"gallery: no image in {gallery} can be read.")
     images = [ReidImage(path, 0, 0) for path in (*asked, *known)]
-    check_headers(images)
     network: Any = read_network(model)
     where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     loader = feature_loader(images, resolve_model_data_config(network), where, batch_size, workers)

@@ -46,9 +46,11 @@ def import_device_modules(config: SimpleNamespace) -> None:
 def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
     head = model.get_classifier()
     with torch.no_grad():
+        if bias is not None and head.bias is None:
+            raise ValueError('head_init_bias: the classifier has no bias.')
         if scale is not None:
-            head.weight.mul_(scale)
-            head.bias.mul_(scale)
+            for parameter in head.parameters():
+                parameter.mul_(scale)
         if bias is not None:
             head.bias.fill_(bias)
 
@@ -80,19 +82,22 @@ def build_model(config: SimpleNamespace) -> nn.Module:
     if started and (config.dreal.backbone or config.dreal.gates == 'open'):
         raise ValueError(
             'dreal.backbone, dreal.gates: the network starts from pretrained, pretrained_path or initial_checkpoint.')
+    if config.pretrained and config.model == 'dreal_reid':
+        raise ValueError('pretrained: dreal_reid has no weights; dreal.backbone names those of its backbone.')
     if config.fast_norm:
         set_fast_norm()
     kwargs = resolve_model_input_args(
         config.model,
         dict(in_chans=config.in_chans, input_size=config.input_size, img_size=config.img_size),
-        num_classes=config.num_classes,
-        drop_rate=config.drop,
-        drop_path_rate=config.drop_path,
-        drop_block_rate=config.drop_block,
-        global_pool=config.gp,
-        bn_momentum=config.bn_momentum,
-        bn_eps=config.bn_eps,
-        **config.model_kwargs,
+        **dict(
+            num_classes=config.num_classes,
+            drop_rate=config.drop,
+            drop_path_rate=config.drop_path,
+            drop_block_rate=config.drop_block,
+            global_pool=config.gp,
+            bn_momentum=config.bn_momentum,
+            bn_eps=config.bn_eps,
+        ) | config.model_kwargs,
     )
     if config.pretrained_path:
         # as timm's train.py: the file comes before the Hub, and the classifier is made anew

@@ -48,6 +48,11 @@ def launch(config: SimpleNamespace) -> Accelerator:
         log_with=config.log_with,
         project_config=ProjectConfiguration(logging_dir=config.output or 'output/train'),
     )
+    started = int(os.environ.get('WORLD_SIZE', '1'))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f'The launcher started {started} processes, which would train {started} networks into one folder: without '
+            'a GPU for each of them, add device=cpu.')
     accelerator.wait_for_everyone()  # or one that stops at a setting resets the connection of one that still connects
     device = accelerator.device
     if config.device not in (None, 'cpu', device.type):

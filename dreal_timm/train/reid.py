@@ -1,4 +1,5 @@
 """Re-identification in a run (`dreal.task: reid`): its data, its loaders and its validation"""
+import os
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 
 from dreal_timm.errors import nearest
 from dreal_timm.models.reid import ReidNetwork
-from dreal_timm.reid import PKSampler, ReidData, open_reid
+from dreal_timm.reid import PKSampler, ReidData, ReidImage, open_reid
 from dreal_timm.reid.evaluation import (
     check_answers,
     evaluate_features,
@@ -25,12 +26,13 @@ from dreal_timm.reid.evaluation import (
     extract_features,
     feature_loader,
 )
-from dreal_timm.reid.images import ReidSet, check_headers
+from dreal_timm.reid.images import ReidSet, check_images
 from dreal_timm.reid.layouts import LAYOUTS
 from dreal_timm.train.loaders import augmentation, mixes
 
 __all__ = [
     'METRICS', 'build_train_loader', 'build_validation', 'check_model', 'is_reid', 'measure_identities', 'open_data',
+    'read_all',
 ]
 
 METRICS = ('mAP', 'rank1', 'epoch')  # that epochs can be ranked by
@@ -77,16 +79,30 @@ def open_data(config: SimpleNamespace) -> ReidData:
     if not config.data_dir:
         raise ValueError('data_dir: the recipe names no place of images; add data_dir=DIR.')
     data = open_reid(config.data_dir, _layout(config.dataset))
-    images = list(data.train)
     if config.val_split:
         check_answers(data, config.dreal.camera_rule)
-        images += [*data.query, *data.gallery]
-    check_headers(images)
+    check_images(_used(config, data))
     identities = len(data.identities())
     if config.num_classes not in (None, identities):
         raise ValueError(f'num_classes: {config.num_classes}, but there are {identities} identities to train on.')
     config.num_classes = identities
+    config.dataset = f'reid/{data.layout}'
     return data
+
+
+def _used(config: SimpleNamespace, data: ReidData) -> list[ReidImage]:
+    return [*data.train, *(data.query + data.gallery if config.val_split else ())]
+
+
+def read_all(config: SimpleNamespace, data: ReidData, processes: int = 1) -> None:
+    """Read every image once, and raise a ValueError if one is broken: a run would find it after hours.
+
+    Args:
+        config: The configuration.
+        data: The data set.
+        processes: Number of the processes that do so on this machine.
+    """
+    check_images(_used(config, data), whole=True, workers=max(1, (os.cpu_count() or 1) // processes))
 
 
 def check_model(model: nn.Module, name: str) -> None:

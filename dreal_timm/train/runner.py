@@ -169,6 +169,8 @@ def set_up(config: SimpleNamespace) -> Run:
     # one process decides: a machine that does not see the folder stops, in place of training from the start
     path = broadcast_object_list([resume_path(config, directory)])[0]
     checkpoint = None if path is None else load_checkpoint(path, config)
+    if people is not None and path is None:
+        reid.read_all(config, people, processes)
     if checkpoint is not None and path.resolve().parent == directory.resolve():
         _check_folder(config, path, checkpoint)
 

@@ -14,6 +14,9 @@ from torch.utils.data import IterableDataset
 from dreal_timm.hub import results
 from dreal_timm.hub.loading import load
 from dreal_timm.models.dreal_resnet import timm_architecture
+from dreal_timm.models.reid import ReidNetwork
+from dreal_timm.reid.images import ReidSet
+from dreal_timm.reid.layouts import open_reid
 from dreal_timm.train import datasets, loaders
 from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
@@ -84,6 +87,8 @@ def measure(
 
 def _open(network: Any, config: SimpleNamespace) -> tuple[dict[str, Any], Any]:
     """The network's preprocessing and the validation split."""
+    if not network.num_classes:
+        raise ValueError('The network has no classes: dreal-timm reid eval measures embedding networks.')
     data = datasets.data_config(config, network)
     return data, datasets.build_dataset(config, config.val_split, data['input_size'][0], False, network.num_classes)
 
@@ -125,7 +130,7 @@ def sample_images(
         network: A timm model, whose configuration names the preprocessing.
         data_dir: Folder of the data set.
         dataset: Kind and name of the data set as in a recipe; empty is an image folder.
-        split: The split.
+        split: The split; of an embedding network the queries are taken.
         count: Number of the images; all where there are fewer.
 
     Returns:
@@ -135,7 +140,12 @@ def sample_images(
         FileNotFoundError: The data is missing.
     """
     config = load_config(dict(data_dir=str(data_dir), dataset=dataset, val_split=split, workers=0))
-    data, found = _open(network, config)
+    found: Any
+    if isinstance(network, ReidNetwork):
+        data = datasets.data_config(config, network)
+        found = ReidSet(open_reid(data_dir, dataset.removeprefix('reid/')).query, channels=data['input_size'][0])
+    else:
+        data, found = _open(network, config)
     found.transform = create_transform(is_training=False, **{key: data[key] for key in _KEYS})
     if hasattr(found, '__getitem__') and not isinstance(found, IterableDataset):
         count = min(count, len(found))

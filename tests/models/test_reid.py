@@ -165,3 +165,28 @@ def test_strides_that_are_not_there():
     assert first and second and not set(first) & set(second)
     assert model.training
     assert not any(name.endswith('num_batches_tracked') and tensor.any() for name, tensor in model.state_dict().items())
+
+
+def test_channels_of_an_exported_network(tmp_path):
+    """Weights that were made for colour load for grey images, summed over the channels as timm does it."""
+    model = build(num_classes=0)
+    export(model, tmp_path / 'model')
+    grey = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, in_chans=1)
+    first, colour = grey.backbone.conv1[0].weight, model.backbone.conv1[0].weight
+    torch.testing.assert_close(first, colour.sum(1, keepdim=True))
+
+
+def test_features_only_is_refused():
+    """What is no feature extractor does not pass for one."""
+    with pytest.raises(RuntimeError, match='features_only'):
+        build(features_only=True)
+
+
+@pytest.mark.parametrize('backbone', ['convnext_atto', 'vit_tiny_patch16_224'])
+def test_a_stride_that_stays(backbone):
+    """Where the last stride cannot be removed the error says how to leave it, and with that the network is made."""
+    with pytest.raises(ValueError, match='last_stride=2 leaves it'):
+        timm.create_model('dreal_reid', backbone=backbone)
+    if backbone == 'convnext_atto':
+        model = timm.create_model('dreal_reid', backbone=backbone, last_stride=2).eval()
+        assert model(torch.zeros(1, 3, 64, 32)).shape == (1, model.num_features)

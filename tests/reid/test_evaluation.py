@@ -11,7 +11,17 @@ from torch.nn import functional as F
 
 from dreal_timm.cli import main
 from dreal_timm.hub import export
-from dreal_timm.reid import draw_rankings, embed, evaluate_reid, open_reid, rank_queries, retrieve, search
+from dreal_timm.reid import (
+    draw_rankings,
+    embed,
+    evaluate_reid,
+    open_reid,
+    rank_queries,
+    rerank,
+    retrieve,
+    score,
+    search,
+)
 from dreal_timm.reid.evaluation import extract_features, feature_loader
 from dreal_timm.reid.pictures import Ranking
 
@@ -113,14 +123,18 @@ def test_multi_query(people, exported, tmp_path):
     for number, path in enumerate(sorted((target / 'bounding_box_test').glob('000[134]*'))):
         (target / 'gt_bbox' / path.name.replace('_01', f'_{number:02}')).write_bytes(path.read_bytes())
     data = open_reid(target)
-    results, *_, gallery = evaluate_reid(exported, target, workers=0, multi_query=True)
+    results, _, query, gallery = evaluate_reid(exported, target, workers=0, multi_query=True)
     model = timm.create_model(f'local-dir:{exported}', pretrained=True)
     extra = extract_features(model, feature_loader(data.extra, resolve_model_data_config(model), CPU), CPU)
     pooled = {}
     for image, row in zip(data.extra, extra, strict=True):
         pooled.setdefault((image.pid, image.camid), []).append(row)
+    assert len(pooled) == 3
+    for image, row in zip(data.query, query, strict=True):  # those that gt_bbox has nothing of
+        if (image.pid, image.camid) not in {(one.pid, one.camid) for one in data.extra}:
+            pooled.setdefault((image.pid, image.camid), []).append(row)
     keys = sorted(pooled)
-    assert len(keys) == 3
+    assert len(keys) == 4
     expected = retrieve(
         torch.stack([torch.stack(pooled[key]).mean(0) for key in keys]), gallery,
         torch.tensor([pid for pid, _ in keys]), torch.tensor([image.pid for image in data.gallery]),
@@ -153,7 +167,7 @@ def test_command(people, exported, tmp_path, capsys):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['--lists', '0', '--picture', 'x.png'], '--lists'),
-    (['--picture', 'x.nothing'], 'no kind of image'),
+    (['--picture', 'x.nothing'], 'must end with one of .png'),
     (['--picture', '/nowhere/x.png'], 'its folder does not'),
     (['--data', '/nowhere'], 'No folder'),
     (['--layout', 'msmt17'], 'list_train.txt'),
@@ -217,3 +231,132 @@ def test_search(people, exported, tmp_path, capsys):
     assert "query: no file or folder 'nothing.png'" in capsys.readouterr().err
     assert main(['reid', 'search', str(exported), '--query', str(asked), '--gallery', str(exported)]) == 2
     assert 'no image in' in capsys.readouterr().err
+
+
+def noisy(root, identities=12, cameras=3, views=3, seed=0):
+    """Market's layout with images of noise that have something of their identity, so that lists have an order."""
+    generator = torch.Generator().manual_seed(seed)
+    for pid in range(1, identities + 1):
+        own = torch.rand(32, 16, 3, generator=generator)
+        for camid in range(1, cameras + 1):
+            for view in range(views):
+                pixels = 0.4 * own + 0.6 * torch.rand(32, 16, 3, generator=generator)
+                split = 'bounding_box_train' if pid < 3 else 'query' if view == 0 else 'bounding_box_test'
+                path = root / split / f'{pid:04}_c{camid}s1_{view:06}_00.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((255 * pixels).byte().numpy()).save(path)
+    return root
+
+
+@pytest.fixture(scope='module')
+def crowd(tmp_path_factory):
+    return noisy(tmp_path_factory.mktemp('crowd') / 'data')
+
+
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+def test_reranked_by_its_metric(crowd, exported, metric):
+    """Re-ranking begins with the distance that was asked for, by the command too."""
+    results, data, query, gallery = evaluate_reid(exported, crowd, workers=0, metric=metric, reranked=True)
+    pids, camids = ([torch.tensor([getattr(image, name) for image in images]) for images in (data.query, data.gallery)]
+                    for name in ('pid', 'camid'))
+    found = {name: score(rerank(query, gallery, metric=name), *pids, *camids).summary()
+             for name in ('cosine', 'euclidean')}
+    assert results['mAP'] == pytest.approx(found[metric]['mAP'], abs=1e-9)
+    assert found['cosine']['mAP'] != pytest.approx(found['euclidean']['mAP'], abs=1e-3)
+
+
+def test_picture_of_reranked_lists(crowd, exported, tmp_path, monkeypatch):
+    """The picture shows the lists that were measured: those of re-ranking where it was asked for."""
+    from dreal_timm.reid import command
+    drawn = {}
+    monkeypatch.setattr(command, 'draw_rankings', lambda rankings, path: drawn.setdefault(path, rankings))
+    for name, options in (('plain.png', []), ('reranked.png', ['--rerank'])):
+        assert main(['reid', 'eval', str(exported), '--data', str(crowd), '--workers', '0',
+                     '--picture', str(tmp_path / name), '--lists', '30', *options]) == 0
+    plain, reranked = drawn.values()
+    _, data, query, gallery = evaluate_reid(exported, crowd, workers=0)
+    rows = torch.cat(list(rerank(query, gallery)))
+    for number, ranking in enumerate(reranked):
+        asked = data.query[number]
+        expected = [
+            data.gallery[i].path for i in rows[number].sort(stable=True).indices.tolist()
+            if (data.gallery[i].pid, data.gallery[i].camid) != (asked.pid, asked.camid)]
+        assert list(ranking.found) == expected[:10]
+    assert [one.found for one in plain] != [one.found for one in reranked]
+
+
+def test_a_query_does_not_answer_itself(tmp_path, exported):
+    """With one camera, a query whose file is in the gallery too is measured as if it were not there."""
+    noisy(tmp_path / 'data', cameras=1, views=4)
+    plain = evaluate_reid(exported, tmp_path / 'data', workers=0, camera_rule='ignore')[0]
+    rows = [
+        f'{path.relative_to(tmp_path)},{int(path.name[:4])},1,{split}'
+        for folder, split in (('bounding_box_train', 'train'), ('query', 'query'), ('bounding_box_test', 'gallery'),
+                              ('query', 'gallery'))
+        for path in sorted((tmp_path / 'data' / folder).iterdir())]
+    (tmp_path / 'own.csv').write_text('\n'.join(['path,pid,camid,split', *rows]))
+    results, data, query, gallery = evaluate_reid(exported, tmp_path / 'own.csv', workers=0, camera_rule='ignore')
+    assert results['rank1'] < 100
+    # queries of other identities are in the gallery now, too: they are wrong answers, and answers less the own file
+    by_hand = []
+    distances = 1 - F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T
+    for asked, row in zip(data.query, distances, strict=True):
+        order = [data.gallery[i] for i in row.sort(stable=True).indices.tolist() if data.gallery[i].path != asked.path]
+        hits = [image.pid == asked.pid for image in order]
+        ranks = [rank for rank, hit in enumerate(hits, 1) if hit]
+        by_hand.append(sum((n + 1) / rank for n, rank in enumerate(ranks)) / len(ranks))
+    assert results['mAP'] == pytest.approx(100 * sum(by_hand) / len(by_hand), abs=1e-6)
+    assert plain['queries'] == results['queries']
+    ranking = rank_queries(query, gallery, data, [0], camera_rule='ignore')[0]
+    assert data.query[0].path not in ranking.found
+
+
+def test_all_data_is_opened_before_the_work(crowd, exported, tmp_path, capsys):
+    """A second data set that is missing, or broken, ends the command before the first is measured."""
+    bad = noisy(tmp_path / 'bad')
+    next((bad / 'query').iterdir()).write_bytes(b'no image')
+    for other in (tmp_path / 'nowhere', bad):
+        results = tmp_path / 'results.json'
+        assert main(['reid', 'eval', str(exported), '--data', str(crowd), str(other), '--results', str(results)]) == 2
+        captured = capsys.readouterr()
+        assert str(other) in captured.err
+        assert 'mAP' not in captured.out
+        assert not results.exists()
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--picture', 'x.psd'], 'must end with one of'), (['--picture', 'x.h5'], 'must end with one of'),
+    (['--picture', 'x.png', '--multi-query'], 'leave out --multi-query'),
+    (['--picture', 'x.png', '--results', 'x.png'], 'two names'), (['--batch-size', '0'], '--batch-size'),
+])
+def test_more_errors_of_the_command(crowd, exported, tmp_path, monkeypatch, capsys, options, message):
+    """What could not be written, or would mean nothing, is refused before the work."""
+    monkeypatch.chdir(tmp_path)
+    assert main(['reid', 'eval', str(exported), '--data', str(crowd), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_search_in_a_folder_of_all_sorts(crowd, exported, tmp_path, caplog):
+    """Other files and hidden ones are no images; an image that is broken is left out, and said; a query must not be."""
+    folder = tmp_path / 'photos'
+    folder.mkdir()
+    for number, path in enumerate(sorted((crowd / 'bounding_box_test').iterdir())[:4]):
+        (folder / f'{number}.png').write_bytes(path.read_bytes())
+    (folder / 'notes.pdf').write_bytes(b'%PDF')
+    (folder / '._0.png').write_bytes(b'of a file manager')
+    (folder / 'broken.png').write_bytes((folder / '0.png').read_bytes()[:200])
+    found = search(exported, [folder / '0.png'], folder, workers=0)
+    assert sorted(path.name for path in found[0].found) == ['0.png', '1.png', '2.png', '3.png']
+    assert 'broken.png' in caplog.text
+    with pytest.raises(ValueError, match=r'broken\.png'):
+        search(exported, [folder / 'broken.png'], folder, workers=0)
+
+
+def test_a_network_measured_elsewhere(crowd, people, exported, tmp_path, capsys):
+    """An embedding network has no classes to validate, and is exported to ONNX beside images of its queries."""
+    assert main(['validate', str(exported), '--data', str(crowd)]) == 2
+    assert 'reid eval' in capsys.readouterr().err
+    options = ['--format', 'torch-export', '--data', str(crowd)]
+    assert main(['export', str(exported), str(tmp_path / 'other'), *options]) == 0
+    assert 'images' in capsys.readouterr().out

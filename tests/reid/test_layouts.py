@@ -125,7 +125,7 @@ def test_folders(tmp_path):
     ('name', 'does not begin with identity and camera'), ('column', "has no column 'camid'"),
     ('split', "split must be one of train, query, gallery, got 'test'"), ('outside', "'../other.png' is outside of"),
     ('blank', 'path, pid, camid or split is empty'), ('two tables', 'has 2 tables'),
-    ('no camera', 'lies in no folder of a camera'),
+    ('no camera', 'lies in no folder of an identity and a camera'),
 ])
 def test_errors(tmp_path, capsys, change, message):
     """What is not of the layout is one line, with the file or the line of the table, and the code 2."""
@@ -204,3 +204,101 @@ def test_one_camera(tmp_path):
     assert 'use --camera-rule ignore' in check_reid(data, 4).problems[0]
     assert [image.pid for image in unanswered(data, 'ignore')] == [4]
     assert '1 of 2 queries have no image in the gallery' in check_reid(data, 4, 'ignore').problems[0]
+
+
+@pytest.mark.parametrize('layout', ['csv', 'folders'])
+def test_junk_and_distractors_among_names(tmp_path, layout):
+    """-1 is junk and 0 a distractor also where other identities have names."""
+    names = {'-1': -1, '0': 0, '1': 'anna', '3': 'bert', '4': 'carl'}
+    changed = [(path, names.get(str(pid), f'p{pid}'), camid, split) for path, pid, camid, split in rows()]
+    for number, (path, pid, camid, split) in enumerate(changed):
+        where = path if layout == 'csv' else f'{split}/{pid}/{camid}/{number}.png'
+        save(tmp_path / where, 1, 1, number)
+    if layout == 'csv':
+        lines = [','.join(map(str, row)) for row in changed]
+        (tmp_path / 'images.csv').write_text('\n'.join(['path,pid,camid,split', *lines]))
+    data = open_reid(tmp_path)
+    assert (data.layout, data.junk) == (layout, 3)
+    assert sum(image.pid == 0 for image in data.gallery) == 2
+    assert min(image.pid for image in (*data.train, *data.query)) == 1
+    assert len(data.gallery) == len(expected()['gallery'])
+
+
+def test_numbers_with_a_point(tmp_path):
+    """pandas writes whole numbers of a column with gaps as 7.0; they are the numbers."""
+    table(tmp_path)
+    text = (tmp_path / 'images.csv').read_text().splitlines()
+    points = [','.join([path, f'{pid}.0', camid, split]) for path, pid, camid, split in (
+        line.split(',') for line in text[1:])]
+    (tmp_path / 'images.csv').write_text('\n'.join([text[0], *points]))
+    data = open_reid(tmp_path)
+    assert data.junk == 3
+    assert counted(data) == expected()
+
+
+def test_files_beside_the_images(tmp_path):
+    """Hidden files of a file manager, and tables of attributes, are no images and change no layout."""
+    market(tmp_path)
+    for folder in ('bounding_box_train', 'query', 'bounding_box_test'):
+        (tmp_path / folder / '._0001_c1s1_000000_01.jpg').write_bytes(b'of a file manager')
+        (tmp_path / folder / '.DS_Store').write_bytes(b'too')
+    (tmp_path / 'attributes.csv').write_text('name,hair\n')
+    data = open_reid(tmp_path)
+    assert data.layout == 'market1501'
+    assert counted(data) == expected()
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    (b'path,pid,camid,split\n\xe4.png,1,1,train\n', 'is not in UTF-8'),
+    (b'path,pid,camid,split\na\x00.png,1,1,train\n', 'no path|NUL'),
+])
+def test_bytes_that_are_no_table(tmp_path, content, message):
+    """A table in another encoding, or with bytes that no path has, is one line that names it."""
+    (tmp_path / 'images.csv').write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_reid(tmp_path)
+    assert 'images.csv' in str(caught.value)
+
+
+def test_numbers_beyond_an_integer(tmp_path):
+    """Identities such as those of a payment system are names."""
+    table(tmp_path)
+    file = tmp_path / 'images.csv'
+    file.write_text('\n'.join(
+        line.replace(',2,', ',99999999999999999999,', 1) for line in file.read_text().splitlines()))
+    data = open_reid(tmp_path)
+    assert max(image.pid for image in data.train) < 100
+    assert data.junk == 3
+
+
+def test_repeated_files(tmp_path, capsys):
+    """A file that is listed twice, or in two splits, is said, all of them with --all and in the JSON."""
+    data = open_reid(table(tmp_path))
+    file = tmp_path / 'images.csv'
+    more = [f'{image.path.relative_to(tmp_path)},{image.pid},{image.camid},gallery' for image in data.query]
+    file.write_text('\n'.join([*file.read_text().splitlines(), *more]))
+    check = check_reid(open_reid(tmp_path), 1, read_images=False)
+    assert any('4 files are listed more than once' in problem for problem in check.problems)
+    assert main(['reid', 'check', str(tmp_path), '--all']) == 1
+    out = capsys.readouterr().out
+    assert all(str(image.path) in out for image in data.query)
+    assert main(['reid', 'check', str(tmp_path), '--json']) == 1
+    assert json.loads(capsys.readouterr().out)['details']['repeated'] == [str(image.path) for image in data.query]
+
+
+def test_queries_of_identity_0(tmp_path):
+    """Identities that are counted from 0 have a query that nothing may answer, which is said."""
+    people = {
+        'bounding_box_train': [(5, 1, 4), (6, 2, 4)], 'query': [(0, 1, 1), (3, 1, 1)],
+        'bounding_box_test': [(0, 2, 1), (3, 2, 1)]}
+    data = open_reid(market(tmp_path, people))
+    assert [image.pid for image in unanswered(data)] == [0]
+    assert any('1 queries are of identity 0' in problem for problem in check_reid(data, 4).problems)
+
+
+def test_wrong_numbers_of_the_check(tmp_path, capsys):
+    """Numbers below 1 are refused by their name."""
+    market(tmp_path)
+    for option in ('--workers', '--images'):
+        assert main(['reid', 'check', str(tmp_path), option, '0']) == 2
+        assert f'{option}: expected 1 or more' in capsys.readouterr().err

@@ -23,6 +23,16 @@ def train(tmp_path, capsys, settings):
     return code, capsys.readouterr().err
 
 
+def test_processes_that_do_not_know_each_other(tmp_path, capsys, monkeypatch):
+    """Two processes of a launcher that found no device for each would train two networks into one folder."""
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    images = write_images(tmp_path / 'images')
+    code, said = train(tmp_path, capsys, recipe(images, tmp_path / 'output', device=None))
+    assert code == 2
+    assert 'The launcher started 2 processes' in said and 'add device=cpu' in said
+    assert not (tmp_path / 'output').exists()
+
+
 def damage(path):
     """Cut an image file off."""
     path.write_bytes(path.read_bytes()[:60])

@@ -1,4 +1,5 @@
 """Re-identification in a run: batches, losses, validation, resume, and what is refused"""
+import copy
 import csv
 import json
 import logging
@@ -16,7 +17,7 @@ from dreal_timm import DrealTask
 from dreal_timm.cli import main
 from dreal_timm.hub import export_run, load
 from dreal_timm.reid import IdentityLoss, evaluate_reid, open_reid
-from dreal_timm.train import load_config, run
+from dreal_timm.train import load_config, run, runner
 from dreal_timm.train.loop import fit
 from dreal_timm.train.reid import build_train_loader
 from dreal_timm.train.runner import describe, set_up
@@ -366,16 +367,104 @@ def test_one_image_of_an_identity(tmp_path):
     assert results['epochs'][-1]['train']['triplet_loss'] < 50
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_an_image_that_is_cut_off(tmp_path, capsys, workers):
-    """An image whose end is missing stops the run with its name, since a batch without it would not be P x K."""
+@pytest.mark.parametrize(('folder', 'pid'), [('bounding_box_train', '0010'), ('query', '0003')])
+def test_an_image_that_is_cut_off(tmp_path, capsys, folder, pid):
+    """An image whose end is missing, behind a header that is whole, stops the run before anything is written."""
     people = market(tmp_path / 'data')
-    for path in (people / 'bounding_box_train').glob('0010*.jpg'):
+    for path in (people / folder).glob(f'{pid}*.jpg'):
         path.write_bytes(path.read_bytes()[:-200])
     path = tmp_path / 'recipe.yaml'
-    path.write_text(yaml.safe_dump(reid(people, tmp_path / 'output', workers=workers)))
+    path.write_text(yaml.safe_dump(reid(people, tmp_path / 'output')))
     assert main(['train', str(path)]) == 2
-    assert "0010_c" in capsys.readouterr().err.splitlines()[-1]
+    assert f'{pid}_c' in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / 'output').exists()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_image_that_breaks_while_it_trains(tmp_path, capsys, workers, monkeypatch):
+    """An image that cannot be read any more stops the run with its name: a batch without it would not be P x K."""
+    people = market(tmp_path / 'data')
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(yaml.safe_dump(reid(people, tmp_path / 'output', workers=workers)))
+
+    def broken(config, data, processes):
+        for image in (people / 'bounding_box_train').glob('0010*.jpg'):
+            image.write_bytes(image.read_bytes()[:-200])
+
+    monkeypatch.setattr(runner.reid, 'read_all', broken)
+    assert main(['train', str(path)]) == 2
+    assert '0010_c' in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(('values', 'found'), [
+    ({'model_kwargs': {'global_pool': 'gem'}}, 'gem'), ({'gp': 'max'}, 'max'),
+    ({'gp': 'max', 'model_kwargs': {'global_pool': 'avg'}}, 'avg')])
+def test_pooling_of_a_recipe(people, tmp_path, values, found):
+    """Pooling is a key of timm, or an argument of the network, which comes first."""
+    kwargs = {'backbone': 'test_resnet', 'backbone_args': SE, **values.pop('model_kwargs', {})}
+    assert set_up(load_config(reid(people, tmp_path, model_kwargs=kwargs, **values))).model.pool_type == found
+
+
+def test_keys_that_reach_the_backbone(people, tmp_path):
+    """Stochastic depth and batch norms are the backbone's, the scale of the classifier is its own."""
+    kwargs = {'backbone': 'test_efficientnet'}
+    model = set_up(load_config(reid(
+        people, tmp_path, model_kwargs=kwargs, drop_path=0.3, bn_momentum=0.05, bn_eps=0.01, head_init_scale=0.0,
+    ))).model
+    norms = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {(norm.momentum, norm.eps) for norm in norms} == {(0.05, 0.01)}
+    assert any(getattr(module, 'drop_prob', 0.0) for module in model.backbone.modules())
+    assert not model.fc.weight.any()
+    with pytest.raises(ValueError, match='head_init_bias: the classifier has no bias'):
+        set_up(load_config(reid(people, tmp_path, head_init_bias=0.1)))
+    with pytest.raises(ValueError, match=r'pretrained: dreal_reid has no weights.*dreal\.backbone'):
+        set_up(load_config(reid(people, tmp_path, pretrained=True)))
+
+
+@pytest.mark.parametrize('kind', ['model.safetensors', 'model_best.pth.tar'])
+def test_warm_start_from_an_embedding_network(finished, people, tmp_path, kind):
+    """dreal.backbone takes an embedding network of one's own too: the backbone inside of it is the network."""
+    _, directory = finished
+    path = directory / kind if 'best' in kind else directory / 'model' / kind
+    model = set_up(load_config(reid(people, tmp_path, {'backbone': str(path)}))).model
+    exported = load(str(directory / 'model')).state_dict()
+    assert torch.equal(model.backbone.conv1[0].weight, exported['backbone.conv1.0.weight'])
+
+
+def test_the_loss_is_no_hindrance_to_copies():
+    """A network whose loss has seen a pass can be copied, as a moving average does."""
+    model = network().train()
+    loss = IdentityLoss(model)
+    output = model(torch.randn(4, 3, 32, 16))
+    copied = copy.deepcopy(model)
+    loss(output, torch.tensor([0, 0, 1, 1])).backward()
+    assert copied.fc.weight.grad is None
+
+
+def test_export_measures_as_the_run_did(tmp_path):
+    """A run on one camera, without flips, is measured on data by its own rule; elsewhere the card says where."""
+    people = market(tmp_path / 'data', {
+        'bounding_box_train': [(1, 1, 4), (2, 1, 4)], 'query': [(3, 1, 1), (4, 1, 1)],
+        'bounding_box_test': [(3, 1, 2), (4, 1, 2)]})
+    own = {'camera_rule': 'ignore', 'flip_test': False, 'dist_metric': 'euclidean'}
+    run(reid(people, tmp_path, own, epochs=1))
+    assert main(['export', str(tmp_path / 'run'), str(tmp_path / 'own'), '--data', str(people)]) == 0
+    told = json.loads((tmp_path / 'own' / 'training' / 'results.json').read_text())
+    assert told['settings'] == {
+        'metric': 'euclidean', 'camera_rule': 'ignore', 'flip': False, 'rerank': False, 'multi_query': False}
+    card = (tmp_path / 'own' / 'README.md').read_text()
+    assert 'trained on Market-1501' in card or 'trained on market1501' in card
+    assert 'The epoch was chosen' in card
+    rows = ['path,pid,camid,split'] + [
+        f'{path.relative_to(people)},{int(path.name[:4])},1,{split}' for folder, split in (
+            ('bounding_box_train', 'train'), ('query', 'query'), ('bounding_box_test', 'gallery'))
+        for path in sorted((people / folder).glob('*.jpg'))]
+    (people / 'other.csv').write_text('\n'.join(rows))
+    assert main(['export', str(tmp_path / 'run'), str(tmp_path / 'far'), '--data', str(people / 'other.csv')]) == 0
+    card = (tmp_path / 'far' / 'README.md').read_text()
+    assert 'trained on Market-1501' in card or 'trained on market1501' in card
+    assert '2 queries in 6 images of a set of identities of its own' in card
+    assert 'The epoch was chosen' not in card
 
 
 def test_layouts_are_one_key(people, tmp_path):
