@@ -1,6 +1,11 @@
-"""Fashion-MNIST in memory, and a training run on it that is the same for every kind of task but for the task"""
+"""Small image sets in memory, and a training run on them that is the same for every kind of task but for the task
+
+Fashion-MNIST (60,000 images, 10 classes), and letters: 300 of them in six fonts with turns, blur, noise and things that
+stand before them (`dreal_timm.data.glyphs`), a set of many classes that anyone can draw without a download.
+"""
 import gzip
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +16,20 @@ from timm.task import TrainingTask
 from torch import nn
 
 from dreal_timm.data.fashion_mnist import DEBIAN_FILES
+from dreal_timm.data.glyphs import draw_letters
 
 MEAN, STD = 0.2860, 0.3530
 SIZE = (1, 32, 32)
 
 Data = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set: splits, number of classes, and whether a mirror image is of the same class."""
+    splits: dict[str, Data]
+    classes: int
+    mirrored: bool
 
 
 def load(folder: Path = DEBIAN_FILES) -> dict[str, Data]:
@@ -36,7 +50,20 @@ def load(folder: Path = DEBIAN_FILES) -> dict[str, Data]:
     return splits
 
 
-def batches(data: Data, batch_size: int, epoch: int, seed: int) -> Iterator[Data]:
+def letters() -> dict[str, Data]:
+    """Draw images (N, 1, 32, 32), normalised, and labels (N,): 10,800 to train on, 10,800 to test, 300 classes."""
+    splits = {}
+    for split, (pixels, labels) in draw_letters(classes=300, views={'train': 6, 'test': 6}).items():
+        splits[split] = (torch.from_numpy(pixels).float()[:, None] / 255 - 0.5) / 0.25, torch.from_numpy(labels)
+    return splits
+
+
+def open_set(name: str, folder: Path = DEBIAN_FILES) -> ImageSet:
+    """Open 'fashion' or 'letters'."""
+    return ImageSet(load(folder), 10, True) if name == 'fashion' else ImageSet(letters(), 300, False)
+
+
+def batches(data: Data, batch_size: int, epoch: int, seed: int, mirrored: bool = True) -> Iterator[Data]:
     """Yield shuffled, shifted (by up to 2 pixels) and mirrored batches, the same for a seed and an epoch."""
     generator = torch.Generator().manual_seed(1_000_003 * (epoch + 1) + seed)
     images, labels = data
@@ -45,17 +72,18 @@ def batches(data: Data, batch_size: int, epoch: int, seed: int) -> Iterator[Data
         index = order[start:start + batch_size]
         batch = images[index]
         flipped = torch.rand(batch_size, generator=generator) < 0.5
-        batch = torch.where(flipped[:, None, None, None], batch.flip(3), batch)
+        if mirrored:
+            batch = torch.where(flipped[:, None, None, None], batch.flip(3), batch)
         down, right = (int(torch.randint(-2, 3, (), generator=generator)) for _ in range(2))
         yield batch.roll((down, right), (2, 3)), labels[index]
 
 
-def network(attention: str, width: float, seed: int, depth: int = 18) -> nn.Module:
+def network(attention: str, width: float, seed: int, depth: int = 18, classes: int = 10) -> nn.Module:
     """An attention ResNet for images of 32 x 32 pixels, its stages scaled to a share of their width."""
     torch.manual_seed(seed)
     channels = tuple(int(width * c) for c in (64, 128, 256, 512))
     return timm.create_model(
-        f'dreal_{attention}_resnet{depth}', num_classes=10, in_chans=1, zero_init_last=False, channels=channels)
+        f'dreal_{attention}_resnet{depth}', num_classes=classes, in_chans=1, zero_init_last=False, channels=channels)
 
 
 def subset(data: Data, images: int, seed: int) -> Data:
@@ -78,26 +106,44 @@ def accuracy(model: nn.Module, data: Data, device: torch.device) -> float:
 def train(
         task: TrainingTask,
         data: Data,
-        epochs: int,
+        epochs: float,
         batch_size: int,
         lr: float,
         seed: int,
         device: torch.device,
         after_epoch: Callable[[int], None],
+        mirrored: bool = True,
 ) -> None:
-    """Train with SGD, a linear warm-up over a twentieth of the steps and a cosine to zero."""
+    """Train with SGD, a linear warm-up over a twentieth of the steps and a cosine to zero.
+
+    Args:
+        task: The task.
+        data: Images and labels.
+        epochs: Number of epochs; the last one of a broken number is cut short.
+        batch_size: Images a step.
+        lr: Highest learning rate.
+        seed: Seed of order and augmentation.
+        device: Device of the network.
+        after_epoch: Called with the number of an epoch when it ends.
+        mirrored: Whether half of the images are mirrored.
+    """
     module = task.get_trainable_module()
     optimizer = create_optimizer_v2(module, 'momentum', lr=lr, momentum=0.9, weight_decay=5e-4)
-    steps = epochs * (len(data[0]) // batch_size)
+    steps = round(epochs * (len(data[0]) // batch_size))
     warm = max(steps // 20, 1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, 0.5 * (1 + float(np.cos(np.pi * step / steps)))))
-    for epoch in range(epochs):
+    epoch = done = 0
+    while done < steps:
         torch.manual_seed(1_000_003 * seed + epoch)
         module.train()
-        for images, labels in batches(data, batch_size, epoch, seed):
+        for images, labels in batches(data, batch_size, epoch, seed, mirrored):
             task(images.to(device), labels.to(device))['loss'].backward()
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
+            done += 1
+            if done == steps:
+                break
         after_epoch(epoch)
+        epoch += 1

@@ -1,98 +1,117 @@
-"""Does it learn better? Accuracy of plain and reinforced training against steps and wall time, over paired seeds
+"""Does the reward teach? Accuracy of plain and reinforced training at equal steps and equal time, over paired seeds
 
-Runs of one seed share the initial weights, the images, their order and their augmentation. `shuffled` is the control:
-rewards of `taylor`, permuted among the samples of the batch, so that they carry no knowledge of which map helped. Every
-run is written to a file of its own as it ends; what is there already is not run again. The table compares each setting
-with plain training and with the shuffled one: mean difference of the paired seeds and its 95% interval (Student's t).
+Runs of one seed share the initial weights, the images, their order and their augmentation. Every run is written to a
+file of its own as it ends; what is there already is not run again. The table compares each form with plain training and
+with its control: mean difference of the paired seeds and its 95% interval (Student's t). Forms and controls are those
+of forms.py; FORM*1.2 trains for 1.2 times as many steps, so that plain training can have the time of a reinforced one.
 """
 import argparse
-import copy
 import json
 import math
 import statistics
 import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import fashion
+import forms
 import report
 import torch
-from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
-from dreal_timm import DrealTask
-from dreal_timm.measure import Measure, Measured
+from dreal_timm import find_sites
+from dreal_timm.attention import group_sites
+from dreal_timm.capture import record
 
-SIZES: dict[str, dict[str, Any]] = {
-    'minutes': dict(width=0.25, images=2_000, epochs=2, seeds=2),
-    'small': dict(width=0.25, images=10_000, epochs=5, seeds=6),
-    'full': dict(width=1.0, images=60_000, epochs=20, seeds=8),
+_EVERY = [
+    'plain', 'literal', 'literal-weak', 'taylor', 'taylor/shuffled', 'taylor/random', 'taylor-drawn', 'standardized',
+    'exclude', 'exclude-standardized', 'measure-log', 'measure-log-standardized', 'capacity', 'inputs',
+    'capacity-inputs', 'warmup', 'share', 'inputs-share', 'capacity-inputs-share', 'direct', 'direct-share',
+    'direct-log-share', 'direct-log-full', 'direct-log-full/shuffled', 'cal',
+]
+# what is run, by the name of the study; docs/evidence.md says why
+STUDIES: dict[str, dict[str, Any]] = {
+    'minutes': dict(images=2_000, epochs=2, seeds=2, forms=['plain', 'taylor', 'taylor/shuffled']),
+    'small': dict(
+        images=10_000, epochs=5, seeds=6, weights=[0.03, 0.1, 0.3, 1.0],
+        forms=['plain', 'literal', 'split', 'taylor', 'taylor/shuffled']),
+    'screen-fashion': dict(images=10_000, epochs=5, seeds=6, first_seed=100, forms=_EVERY),
+    'screen-letters': dict(set='letters', images=10_800, epochs=6, seeds=6, first_seed=100, forms=_EVERY),
 }
-ARMS: dict[str, dict[str, Any]] = {
-    'exact': dict(probe='exact', rotate='epoch'),
-    'split': dict(probe='split', rotate='step'),
-    'taylor': dict(probe='taylor'),
-    'shuffled': dict(probe='taylor'),
-}
-# two-sided 97.5% quantiles of Student's t for 1 to 15 degrees of freedom
-T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+_DEFAULTS: dict[str, Any] = dict(
+    set='fashion', attention='se', width=0.25, batch_size=128, lr=0.1, first_seed=0, weights=None)
+_SETTINGS = ('set', 'attention', 'images', 'epochs', 'width', 'batch_size', 'lr')
+# two-sided 97.5% quantiles of Student's t for 1 to 40 degrees of freedom
+T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042, 2.040, 2.037,
+    2.035, 2.032, 2.030, 2.028, 2.026, 2.024, 2.023, 2.021)
+
+_OPEN: dict[str, fashion.ImageSet] = {}  # of this process
 
 
-class Shuffled(Measure):
-    """The rewards of another measure, permuted among the samples of a batch, each site by itself."""
-
-    def __init__(self, measure: Measure, seed: int):
-        super().__init__(measure.gamma, measure.clip, measure.ignored)
-        self.inner = measure
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, call: nn.Module, trainable: Any, input: torch.Tensor, target: torch.Tensor) -> Any:
-        judged, measured = self.inner(call, trainable, input, target)
-        order = torch.rand(measured.reward.shape, generator=self.generator).argsort(dim=0)
-        rewards = measured.reward.gather(0, order.to(measured.reward.device))
-        return judged, Measured(measured.sites, rewards, measured.right)
-
-    def watch(self, loss: torch.Tensor) -> None:
-        self.inner.watch(loss)
-
-    def forget(self) -> None:
-        self.inner.forget()
+def split_name(name: str) -> tuple[str, float]:
+    """Return the form and how many times as many steps it has."""
+    form, _, stretch = name.partition('*')
+    forms.check_name(form)
+    return form, float(stretch) if stretch else 1.0
 
 
-def make_task(model: nn.Module, arm: str, weight: float, seed: int, device: torch.device) -> TrainingTask:
-    """Make the task of one arm of the comparison."""
-    if arm == 'plain':
-        return ClassificationTask(model, device=device, verbose=False)
-    task = DrealTask(
-        model, device=device, verbose=False, input_size=fashion.SIZE, actor_weight=weight, seed=seed, **ARMS[arm])
-    if arm == 'shuffled':
-        task.measure = Shuffled(task.measure, seed)
-    return task
+@torch.no_grad()
+def gates(model: nn.Module, images: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Tell of each group of sites which share of its map values is below 0.05 or above 0.95, and how much maps differ.
+
+    The latter is the standard deviation over the images, averaged over the positions.
+    """
+    model.eval()
+    sites = find_sites(model, fashion.SIZE)
+    with record(model, sites) as readings:
+        model(images)
+    told = {}
+    for group in group_sites(sites):
+        maps = [readings[site.name].attention.flatten(1).float() for site in group.sites]
+        told[group.name] = {
+            'saturated': statistics.mean(((m < 0.05) | (m > 0.95)).float().mean().item() for m in maps),
+            'spread': statistics.mean(m.std(0).mean().item() for m in maps)}
+    return told
 
 
-def run(arm: str, weight: float, seed: int, args: argparse.Namespace, data: dict, device: torch.device) -> dict:
+def run(name: str, weight: float | None, seed: int, settings: Mapping[str, Any], folder: str, device: str) -> dict:
     """Train once; return accuracy and seconds after every epoch."""
-    model = fashion.network(args.attention, args.width, seed).to(device)
-    task = make_task(model, arm, weight, seed, device)
-    images = fashion.subset(data['train'], args.images, seed)
+    form, stretch = split_name(name)
+    kind, where = settings['set'], torch.device(device)
+    if kind not in _OPEN:
+        _OPEN[kind] = fashion.open_set(kind, Path(folder))
+    data = _OPEN[kind]
+    model = fashion.network(settings['attention'], settings['width'], seed, classes=data.classes).to(where)
+    task = forms.make_task(model, form, seed, where, weight)
+    images = fashion.subset(data.splits['train'], settings['images'], seed)
+    steps = settings['images'] // settings['batch_size']
     curve: list[dict[str, float]] = []
     # the CPU's own time, which other processes on the machine do not stretch as much; a GPU has the wall's
-    clock = time.process_time if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter
+    clock = time.process_time if where.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter
     trained, begun = 0.0, clock()
 
     def after_epoch(epoch: int) -> None:
         nonlocal trained, begun
         trained += clock() - begun  # the validation is not timed
-        top1 = fashion.accuracy(model, data['test'], device)
-        steps = (epoch + 1) * (args.images // args.batch_size)
-        curve.append({'epoch': epoch + 1, 'steps': steps, 'seconds': trained, 'top1': top1})
+        done = min((epoch + 1) * steps, round(stretch * settings['epochs'] * steps))
+        top1 = fashion.accuracy(model, data.splits['test'], where)
+        curve.append({'epoch': epoch + 1, 'steps': done, 'seconds': trained, 'top1': top1})
         begun = clock()
 
-    fashion.train(task, images, args.epochs, args.batch_size, args.lr, seed, device, after_epoch)
-    return {'arm': arm, 'weight': weight, 'seed': seed, 'top1': curve[-1]['top1'], 'curve': curve}
+    fashion.train(
+        task, images, stretch * settings['epochs'], settings['batch_size'], settings['lr'], seed, where, after_epoch,
+        data.mirrored)
+    return {
+        'form': name, 'weight': weight, 'seed': seed, 'top1': curve[-1]['top1'], 'curve': curve,
+        'gates': gates(model, data.splits['test'][0][:500].to(where))}
 
 
-def interval(differences: list[float]) -> tuple[float, float]:
+def interval(differences: Sequence[float]) -> tuple[float, float]:
     """Return mean and half of the 95% interval."""
     n = len(differences)
     if n < 2:
@@ -100,80 +119,102 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return statistics.mean(differences), T[min(n - 2, len(T) - 1)] * statistics.stdev(differences) / math.sqrt(n)
 
 
-def table(runs: list[dict]) -> list[dict]:
-    """Compare every arm and weight with plain and with shuffled, by paired seeds."""
-    top1 = {(r['arm'], r['weight'], r['seed']): r['top1'] for r in runs}
-    seconds = {(r['arm'], r['weight'], r['seed']): r['curve'][-1]['seconds'] for r in runs}
+def table(runs: Sequence[dict]) -> list[dict]:
+    """Compare every form and weight with plain training and with its own control, by paired seeds."""
+    found = {(r['form'], r['weight'], r['seed']): r for r in runs}
     rows = []
-    for arm, weight in dict.fromkeys((r['arm'], r['weight']) for r in runs):
-        seeds = sorted(r['seed'] for r in runs if (r['arm'], r['weight']) == (arm, weight))
-        row = {
-            'arm': arm, 'weight': weight, 'seeds': len(seeds),
-            'top1': statistics.mean(top1[arm, weight, s] for s in seeds),
-            'seconds': statistics.median(seconds[arm, weight, s] for s in seeds),
+    for name, weight in dict.fromkeys((r['form'], r['weight']) for r in runs):
+        seeds = sorted(r['seed'] for r in runs if (r['form'], r['weight']) == (name, weight))
+        own = [found[name, weight, seed] for seed in seeds]
+        row: dict[str, Any] = {
+            'form': name, 'weight': weight, 'seeds': len(seeds),
+            'top1': statistics.mean(r['top1'] for r in own),
+            'seconds': statistics.median(r['curve'][-1]['seconds'] for r in own),
+            'saturated': statistics.mean(g['saturated'] for r in own for g in r['gates'].values()) if own[0].get(
+                'gates') else None,
         }
-        for other in ('plain', 'shuffled'):
-            key = (other, 0.0 if other == 'plain' else weight)
-            pairs = [top1[arm, weight, s] - top1[(*key, s)] for s in seeds if (*key, s) in top1]
-            if pairs and arm not in ('plain', other):
+        for other, key in (('plain', ('plain', None)), ('shuffled', (f'{name}/shuffled', weight))):
+            pairs = [r['top1'] - found[(*key, r['seed'])]['top1'] for r in own if (*key, r['seed']) in found]
+            if pairs and key != (name, weight):
                 row[f'minus_{other}'], row[f'minus_{other}_95'] = interval(pairs)
         rows.append(row)
     return rows
 
 
+def _tell(row: dict) -> str:
+    name = row['form'] if row['weight'] is None else f"{row['form']} {row['weight']:g}"
+    text = f"{name:28} {row['top1']:.2f}% in {row['seconds']:4.0f} s, {row['seeds']} seeds"
+    if row['saturated'] is not None:
+        text += f", {100 * row['saturated']:3.0f}% saturated"
+    for other in ('plain', 'shuffled'):
+        if f'minus_{other}' in row:
+            text += f"  minus {other} {row[f'minus_{other}']:+.2f} +- {row[f'minus_{other}_95']:.2f}"
+    return text
+
+
+def _train(job: tuple[Path, str, float | None, int, dict, str, str, dict]) -> str:
+    """Run one job in a process of the pool, and write it."""
+    path, name, weight, seed, settings, folder, device, header = job
+    result = {**settings, **header, **run(name, weight, seed, settings, folder, device)}
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps(result) + '\n')
+    part.replace(path)
+    return f"{name}{'' if weight is None else f' {weight:g}'} seed {seed}: {result['top1']:.2f}%"
+
+
+def _file(name: str, weight: float | None, seed: int) -> str:
+    return f"{name.replace('/', '+').replace('*', 'x')}{'' if weight is None else f'-{weight:g}'}-{seed}.json"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--size', choices=SIZES, default='small', help='how much: minutes, an hour or two, or a GPU')
-    parser.add_argument('--attention', choices=('se', 'cbam', 'srm'), default='se')
-    parser.add_argument('--arms', nargs='+', choices=('plain', *ARMS), default=['plain', *ARMS])
-    parser.add_argument('--weights', nargs='+', type=float, default=[0.03, 0.1, 0.3, 1.0], help='actor_weight')
+    parser.add_argument('study', choices=STUDIES, help='what to run; the options change it')
+    parser.add_argument('--set', choices=('fashion', 'letters'))
+    parser.add_argument('--attention', choices=('se', 'cbam', 'srm'))
+    parser.add_argument('--forms', nargs='+', help='see forms.py')
+    parser.add_argument('--weights', nargs='+', type=float, help="actor_weight; each form's own by default")
     parser.add_argument('--seeds', type=int, help='paired seeds')
-    parser.add_argument('--first-seed', type=int, default=0)
+    parser.add_argument('--first-seed', type=int)
     parser.add_argument('--images', type=int, help='images to train on')
     parser.add_argument('--epochs', type=int)
     parser.add_argument('--width', type=float, help='share of the channels')
-    parser.add_argument('--batch-size', type=int, default=128)
-    parser.add_argument('--lr', type=float, default=0.1)
-    parser.add_argument('--data', type=Path, default=fashion.DEBIAN_FILES, help='folder with the four gz files')
+    parser.add_argument('--batch-size', type=int)
+    parser.add_argument('--lr', type=float)
+    parser.add_argument('--jobs', type=int, default=2, help='trainings at a time')
+    parser.add_argument('--data', type=Path, default=fashion.DEBIAN_FILES, help='folder of Fashion-MNIST')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, help='folder of the runs')
     parser.add_argument('--table-only', action='store_true', help='of the runs that are there')
     args = parser.parse_args()
-    for name, value in SIZES[args.size].items():
+    for name, value in {**_DEFAULTS, **STUDIES[args.study]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    device = torch.device(args.device)
-    folder = args.output or report.RESULTS / f'learning-{args.attention}-{args.size}'
-    header = report.begin(args, device)
-    settings = {k: getattr(args, k) for k in ('attention', 'images', 'epochs', 'width', 'batch_size', 'lr')}
+    for name in args.forms:
+        split_name(name)
+    if args.device == 'cpu':
+        torch.set_num_threads(1)  # a training each
+    folder = args.output or report.RESULTS / 'learning' / f'{args.study}-{args.attention}'
+    header = report.begin(args, torch.device(args.device))
+    settings = {key: getattr(args, key) for key in _SETTINGS}
     folder.mkdir(parents=True, exist_ok=True)
-    data = {} if args.table_only else fashion.load(args.data)
     plan = [
-        (arm, weight, seed)
+        (folder / _file(name, weight, seed), name, weight, seed)
         for seed in range(args.first_seed, args.first_seed + args.seeds)
-        for arm in args.arms
-        for weight in ([0.0] if arm == 'plain' else args.weights)
-    ]
-    for index, (arm, weight, seed) in enumerate([] if args.table_only else plan):
-        path = folder / f'{arm}-{weight:g}-{seed}.json'
-        if path.exists():
-            continue
-        result = {**settings, 'versions': header['versions'], 'machine': header['machine']}
-        result.update(run(arm, weight, seed, args, copy.copy(data), device))
-        path.with_suffix('.part').write_text(json.dumps(result) + '\n')
-        path.with_suffix('.part').replace(path)
-        seconds = result['curve'][-1]['seconds']
-        text = f'{arm} {weight:g} seed {seed}: {result["top1"]:.2f}% in {seconds:.0f} s'
-        print(f'{index + 1}/{len(plan)} {text}', flush=True)
+        for name in args.forms
+        for weight in ([None] if args.weights is None or name == 'plain' else args.weights)]
+    told = {'versions': header['versions'], 'machine': header['machine']}
+    jobs = [
+        (*job, settings, str(args.data), args.device, told) for job in plan
+        if not job[0].exists() and not args.table_only]
+    with ProcessPoolExecutor(args.jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+        for number, line in enumerate(pool.map(_train, jobs), 1):
+            print(f'{number}/{len(jobs)} {line}', flush=True)
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
-    runs = [r for r in runs if all(r[k] == v for k, v in settings.items())]
-    rows = table(runs)
+    rows = table([r for r in runs if all(r[key] == value for key, value in settings.items())])
+    order = {(name, weight): number for number, (_, name, weight, _) in enumerate(plan)}
+    rows.sort(key=lambda row: order.get((row['form'], row['weight']), len(order)))
     for row in rows:
-        text = f"{row['arm']:9} {row['weight']:5g}  {row['top1']:.2f}% in {row['seconds']:.0f} s, {row['seeds']} seeds"
-        for other in ('plain', 'shuffled'):
-            if f'minus_{other}' in row:
-                text += f"  minus {other} {row[f'minus_{other}']:+.2f} +- {row[f'minus_{other}_95']:.2f}"
-        print(text)
+        print(_tell(row))
     report.write(folder.with_suffix('.json'), header, rows)
 
 

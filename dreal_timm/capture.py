@@ -15,7 +15,7 @@ from dreal_timm.gates import on_map, second_map
 from dreal_timm.overrides import scratch_buffers
 from dreal_timm.readers import Reader
 
-__all__ = ['Reading', 'bypass', 'read_map', 'record', 'replace', 'tap']
+__all__ = ['Reading', 'bypass', 'map_again', 'read_map', 'record', 'replace', 'tap']
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,22 @@ def record(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Readin
         yield readings
 
 
+def map_again(model: nn.Module, site: Site, descriptors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Compute the map of a site from its descriptors, in the shape that its gate gives it, with a graph to its
+    parameters alone. Buffers (of a batch norm in the gate) are left as they are.
+    """
+    module, reader = site_reader(model, site)
+    with scratch_buffers([m for m in module.modules() if m.training and m._buffers]):
+        return second_map(module, reader, *descriptors)
+
+
 def read_map(model: nn.Module, site: Site, reading: Reading) -> torch.Tensor:
     """Return the map of a site from its reading, in the shape that its gate gave it, with a graph to its parameters.
 
     The values are those of the recorded forward pass, the graph reaches the attention parameters and nothing upstream
     of them. Buffers (of a batch norm in the gate) are left as they are.
     """
-    module, reader = site_reader(model, site)
-    with scratch_buffers([m for m in module.modules() if m.training and m._buffers]):
-        evaluated = second_map(module, reader, *reading.descriptors)
+    evaluated = map_again(model, site, reading.descriptors)
     return reading.attention + (evaluated - evaluated.detach())
 
 

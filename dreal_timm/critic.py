@@ -14,6 +14,7 @@ __all__ = ['CELLS', 'Critic', 'RecurrentCritic']
 
 _logger = logging.getLogger(__name__)
 
+_EPS = 1e-8  # of variances of maps, whose standard deviations are often 1e-2 and less
 CELLS: dict[str, type[nn.RNNBase]] = {'lstm': nn.LSTM, 'gru': nn.GRU}
 
 
@@ -35,6 +36,9 @@ class RecurrentCritic(nn.Module):
         cell: 'lstm' (the paper's) or 'gru'.
         hidden_size: Number of hidden units.
         depth: Number of cells on top of each other.
+        standardized: Whether each number that the cell reads is standardized over the batch, for each site by itself:
+            the critic then sees how a sample differs from others, and its judgement of a batch has no gradient that
+            moves a gate for all of its samples alike. A batch of one is all zeros.
 
     Raises:
         ValueError: Unknown cell, or a hidden size or depth below 1.
@@ -46,6 +50,7 @@ class RecurrentCritic(nn.Module):
             cell: str = 'lstm',
             hidden_size: int = 1,
             depth: int = 1,
+            standardized: bool = False,
             device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -60,6 +65,9 @@ class RecurrentCritic(nn.Module):
         self.rnn = CELLS[cell](
             input_size=2 * positions, hidden_size=hidden_size, num_layers=depth, batch_first=True, **dd)
         self.readout = nn.Identity() if hidden_size == 1 else nn.Linear(hidden_size, 1, **dd)
+        self.standardized: torch.Tensor | None
+        # a buffer, so that whoever loads a critic knows how it reads
+        self.register_buffer('standardized', torch.ones((), dtype=torch.bool, device=device) if standardized else None)
         self._told = False
         self.reset_parameters()
 
@@ -99,6 +107,8 @@ class RecurrentCritic(nn.Module):
             attention: Attention maps A, of the same shape, or with height, width or both behind C.
         """
         x = torch.cat([self._fit(state), self._fit(attention)], dim=2)
+        if self.standardized is not None:
+            x = (x - x.mean(0)) / (x.var(0, correction=0) + _EPS).sqrt()
         rnn = self.rnn
         start = x.new_zeros(rnn.num_layers, len(x), rnn.hidden_size)
         # not rnn(x): it keeps a list of its weights, past which detached ones from functional_call would have no effect

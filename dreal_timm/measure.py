@@ -17,7 +17,7 @@ from dreal_timm.attention import Site
 from dreal_timm.draws import Draws, record_draws, rng_state
 from dreal_timm.passes import Judged, log_probabilities, null_noise
 from dreal_timm.probe import Probe
-from dreal_timm.reward import is_correct, reward, target_class
+from dreal_timm.reward import RewardRule, is_correct, target_class
 from dreal_timm.trainable import DrealTrainableModule
 
 __all__ = ['Measure', 'Measured', 'PassMeasure']
@@ -43,14 +43,12 @@ class Measure(ABC):
     """Run the judged pass of a step and give rewards to its maps, or to those of the step before.
 
     Args:
-        gamma: Penalty of a wrongly classified sample (Eq. 1).
-        clip: Bound of a reward; None for none.
+        rule: Eq. 1, or what is taken in its place.
         ignored: Label of samples that have no class; negative labels, and those beyond the classes, have none either.
     """
 
-    def __init__(self, gamma: float, clip: float | None, ignored: int | None = None):
-        self.gamma = gamma
-        self.clip = clip
+    def __init__(self, rule: RewardRule, ignored: int | None = None):
+        self.rule = rule
         self.ignored = ignored
         self.compiled = False
 
@@ -147,9 +145,9 @@ class PassMeasure(Measure):
             if probe.dtype is not None:
                 log_probs, judged = probe.reference(model, judged, sites)
             right = is_correct(log_probs, classes)
-            bypassed = probe(model, judged, classes, right, sites, trainable.rotation.step)
-        change = bypassed - log_probs.gather(1, classes[:, None])
-        rewards = reward(change, right, self.gamma, self.clip).masked_fill(~known[:, None], math.nan)
+            bypassed = probe(model, judged, classes, self.rule.asked(right), sites, trainable.rotation.step)
+        change = (bypassed - log_probs.gather(1, classes[:, None])).masked_fill(~known[:, None], math.nan)
+        rewards = self.rule(change, right, range(len(sites)))
         if noise is not None:
             self._log_noise(noise, rewards[known & right])
         return Measured(sites, rewards, right)

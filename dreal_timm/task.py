@@ -22,34 +22,50 @@ from dreal_timm.measure import Measure, PassMeasure
 from dreal_timm.norms import check_probeable
 from dreal_timm.probe import PROBES
 from dreal_timm.readers import without_sites
+from dreal_timm.reward import RewardRule, reward
 from dreal_timm.rotation import Rotation
+from dreal_timm.share import ActorShare
 from dreal_timm.taylor import TaylorMeasure
 from dreal_timm.trainable import DrealTrainableModule
 
-__all__ = ['DrealTask']
+__all__ = ['ACTORS', 'DrealTask']
 
 _logger = logging.getLogger(__name__)
 
 
+ACTORS = ('critic', 'direct')
+
+
 def _check_options(
         model: nn.Module,
-        gamma: float,
         actor_weight: float,
         probe: str,
-        reward_clip: float | None,
         probe_dtype: str | torch.dtype | None,
         taylor_target: str | None,
+        taylor_sites: str,
+        actor: str,
+        actor_start: int,
+        standardized: bool,
 ) -> None:
-    if not 0 < gamma <= (math.inf if reward_clip is None else reward_clip):
-        raise ValueError(f'gamma must lie in (0, reward_clip], got gamma={gamma} and reward_clip={reward_clip}.')
     if not 0 <= actor_weight < math.inf:
         raise ValueError(f'actor_weight must be 0 or more, got {actor_weight}.')
     if probe not in (*PROBES, 'taylor'):
         raise ValueError(f"Unknown probe '{probe}', expected one of {sorted([*PROBES, 'taylor'])}.")
     if probe == 'taylor' and probe_dtype is not None:
         raise ValueError("probe_dtype is for counterfactual passes; probe='taylor' makes none.")
-    if probe != 'taylor' and taylor_target is not None:
-        raise ValueError(f"taylor_target is for probe='taylor', not for probe='{probe}'.")
+    if probe != 'taylor':
+        for name, asked in (
+            ('taylor_target', taylor_target is not None), ('taylor_sites', taylor_sites != 'all'),
+            ("actor='direct'", actor == 'direct'),
+        ):
+            if asked:
+                raise ValueError(f"{name} is for probe='taylor', not for probe='{probe}'.")
+    if actor not in ACTORS:
+        raise ValueError(f"actor must be one of {', '.join(ACTORS)}, got '{actor}'.")
+    if actor == 'direct' and standardized:
+        raise ValueError("actor='direct' raises rewards themselves, whose sum standardized ones would not change.")
+    if not isinstance(actor_start, int) or actor_start < 0:
+        raise ValueError(f'actor_start must be a number of epochs, 0 or more, got {actor_start!r}.')
     if probe_dtype not in (None, 'float32', torch.float32):
         raise ValueError(f"probe_dtype must be None or 'float32', got {probe_dtype!r}.")
     if probe_dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
@@ -93,12 +109,24 @@ class DrealTask(ClassificationTask):
         rotate: When another site of each group is probed: 'epoch' (Sec. 4.1), 'step', or a number of steps. An epoch
             begins at `train()` of the trainable module after at least one step, or at `set_epoch()`.
         reward_clip: Rewards are clamped to [-reward_clip, reward_clip]; None is the literal Eq. 1.
+        reward_form: 'ratio' is Eq. 1; 'log' takes the gain of log-likelihood, log p_c - log p_c(bypassed) (nats).
+        reward_standardized: Standardize the rewards of right samples within each group of the batch, to mean 0 and
+            standard deviation 1/2, before they are clamped.
+        wrong_samples: 'penalty' gives a wrongly classified sample -gamma (Eq. 1), 'exclude' leaves it out of L_r,
+            'measure' gives it the reward of a right one.
         probe_dtype: 'float32' measures rewards in float32 under autocast, at the price of one more pass.
         input_size: (C, H, W) of the images, which sizes the critics of spatial maps. None takes the model's config.
         seed: Seed of the critic's weights and of the draw of sites.
         critic_cell: 'lstm' (Sec. 3.2) or 'gru'.
         critic_hidden_size: Hidden units of a critic; other than 1, a linear read-out follows.
         critic_depth: Cells of a critic on top of each other.
+        critic_standardized: Whether a critic reads states and maps standardized over the batch.
+        taylor_sites: 'all', or 'drawn': 'taylor' measures at the drawn site of each group alone.
+        actor: 'critic' is the paper's; 'direct' has L_q raise the rewards of 'taylor' themselves, without the critic,
+            which goes on to learn. The push comes one step late, as these rewards do.
+        actor_start: Epochs in which the critic learns alone, before L_q is added.
+        actor_share: Weighs L_q so that its gradient at the attention parameters is so many times as long as that of
+            L_c, in place of actor_weight; see `dreal_timm.share`.
 
     Raises:
         ValueError: The model has no attention site, none of its attention parameters is trainable, one of its layers
@@ -139,9 +167,22 @@ class DrealTask(ClassificationTask):
             critic_cell: str = 'lstm',
             critic_hidden_size: int = 1,
             critic_depth: int = 1,
+            reward_form: str = 'ratio',
+            reward_standardized: bool = False,
+            wrong_samples: str = 'penalty',
+            critic_standardized: bool = False,
+            taylor_sites: str = 'all',
+            actor: str = 'critic',
+            actor_start: int = 0,
+            actor_share: float | None = None,
     ):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        _check_options(model, gamma, actor_weight, probe, reward_clip, probe_dtype, taylor_target)
+        _check_options(
+            model, actor_weight, probe, probe_dtype, taylor_target, taylor_sites, actor, actor_start,
+            reward_standardized)
+        self.rule = RewardRule(gamma, reward_clip, reward_form, wrong_samples, reward_standardized)
+        self.actor, self.actor_start = actor, actor_start
+        self.share = None if actor_share is None else ActorShare(actor_share)
         sites = find_sites(model, input_size)
         groups = group_sites(sites)
         if not groups:
@@ -149,11 +190,11 @@ class DrealTask(ClassificationTask):
         self.actor_weight = actor_weight
         if input_size is None:
             input_size = get_model_input_config(model)['input_size']
-        rule: dict[str, Any] = dict(
-            gamma=gamma, clip=reward_clip, ignored=getattr(self.criterion, 'ignore_index', None))
+        rule: dict[str, Any] = dict(rule=self.rule, ignored=getattr(self.criterion, 'ignore_index', None))
         self.measure: Measure
         if probe == 'taylor':
-            self.measure = TaylorMeasure(groups, self.criterion, taylor_target, **rule)
+            self.measure = TaylorMeasure(
+                groups, self.criterion, taylor_target, taylor_sites, actor == 'direct', **rule)
         else:
             dtype = None if probe_dtype is None else torch.float32
             self.measure = PassMeasure(PROBES[probe](groups, trace_flow(model, sites, input_size), dtype, seed), **rule)
@@ -163,6 +204,7 @@ class DrealTask(ClassificationTask):
             cell=critic_cell,
             hidden_size=critic_hidden_size,
             depth=critic_depth,
+            standardized=critic_standardized,
             device=next(model.parameters()).device,
         )
         rotation = Rotation([(group.stage, len(group.sites)) for group in groups], seed, rotate, probe_every)
@@ -237,12 +279,16 @@ class DrealTask(ClassificationTask):
         columns = [self._columns[site.name] for site in measured.sites]
         with torch.autocast(input.device.type, enabled=False):
             quality = judged['critic_quality'][:, [column for column, _ in columns]]
-            l_q = actor_loss(judged['actor_quality']).mean()
+            l_q = self._actor_loss(judged, measured.right)
             l_r = reduce_critic_loss(critic_loss(quality, measured.reward), [group for _, group in columns])
             # 0 times the sum: every critic parameter has a gradient in every step, as DDP needs
             loss = class_loss + l_r + 0 * judged['critic_quality'].sum()
-            if self.actor_weight:
-                loss = loss + self.actor_weight * l_q
+            if trainable.rotation.epoch >= self.actor_start and l_q.requires_grad:
+                if self.share is not None:
+                    loss = loss + self.share.weigh(l_q, self._actor_parameters())
+                    self.share.watch(loss)
+                elif self.actor_weight:
+                    loss = loss + self.actor_weight * l_q
         self.measure.watch(loss)
         trainable.rotation.advance()
         return {
@@ -256,6 +302,20 @@ class DrealTask(ClassificationTask):
             'quality': quality.detach().masked_fill(measured.reward.isnan(), math.nan),
             'right': measured.right,
         }
+
+    def _actor_loss(self, judged: dict[str, Any], right: torch.Tensor) -> torch.Tensor:
+        """Return L_q, a number: by the critics' quality (Eq. 8), or by the first-order rewards themselves."""
+        if self.actor == 'critic':
+            return actor_loss(judged['actor_quality']).mean()
+        if 'change' not in judged:  # the first step of an epoch has no batch before it
+            return judged['actor_quality'].detach().sum() * 0
+        wrong = 'measure' if self.rule.wrong == 'measure' else 'exclude'
+        rewards = reward(judged['change'], right, clip=self.rule.clip, form=self.rule.form, wrong=wrong)
+        return actor_loss(rewards.where(~rewards.isnan(), torch.zeros_like(rewards))).mean()
+
+    def _actor_parameters(self) -> list[nn.Parameter]:
+        theta = attention_parameters(self._trainable.model, self._sites)
+        return [parameter for parameter in theta.values() if parameter.requires_grad]
 
     def _evaluate(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Class loss alone; with gradients through DDP's wrapper, which must see its parameters."""
@@ -313,7 +373,8 @@ class DrealTask(ClassificationTask):
         if module is None:
             return {}
         trainable = unwrap_model(module)
-        return {'critic': trainable.critic.state_dict(), 'rotation': trainable.rotation.state_dict()}
+        share = {} if self.share is None else {'share': self.share.state_dict()}
+        return {'critic': trainable.critic.state_dict(), 'rotation': trainable.rotation.state_dict(), **share}
 
     def load_task_state(
             self,
@@ -332,3 +393,5 @@ class DrealTask(ClassificationTask):
         trainable = unwrap_model(module)
         trainable.critic.load_state_dict(state['critic'], strict=strict)
         trainable.rotation.load_state_dict(state['rotation'])
+        if self.share is not None and 'share' in state and not ema:
+            self.share.load_state_dict(state['share'])

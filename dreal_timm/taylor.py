@@ -19,10 +19,12 @@ from torch import nn
 from dreal_timm.attention import Group, find_sites
 from dreal_timm.measure import Measure, Measured
 from dreal_timm.passes import log_probabilities
-from dreal_timm.reward import is_correct, reward
-from dreal_timm.trainable import DrealTrainableModule
+from dreal_timm.reward import is_correct
+from dreal_timm.trainable import DrealTrainableModule, first_order
 
-__all__ = ['Pending', 'TaylorMeasure', 'check_criterion']
+__all__ = ['TAYLOR_SITES', 'Pending', 'TaylorMeasure', 'check_criterion']
+
+TAYLOR_SITES = ('all', 'drawn')
 
 _logger = logging.getLogger(__name__)
 
@@ -76,12 +78,16 @@ class Pending:
         taps: Zero leaf tensors of the same shapes as the maps, that were added to them.
         right: Samples whose class wins or ties, (B,) bool.
         known: Samples that have a class, (B,) bool: a criterion may ignore labels such as -100.
+        sites: Which sites, of all groups, are asked for, (L of all groups,) bool.
+        descriptors: What the map of each site was computed from, by its name; kept for the direct actor alone.
     """
     states: Mapping[str, torch.Tensor]
     maps: Mapping[str, torch.Tensor]
     taps: Mapping[str, torch.Tensor]
     right: torch.Tensor
     known: torch.Tensor
+    sites: torch.Tensor
+    descriptors: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     _scales: list[torch.Tensor] = field(default_factory=list)
 
     def watch(self, loss: torch.Tensor) -> None:
@@ -96,22 +102,32 @@ class Pending:
         """Whether there was a backward pass, and a map that it left no gradient at."""
         return bool(self._scales) and any(tap.grad is None for tap in self.taps.values())
 
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Return the gradient of the log-probability (or of minus the sample's loss) at the maps of each group.
+
+        (B, L, *size), NaN where no gradient arrived, or one that is not finite, and where no site is asked for.
+        """
+        found, start = {}, 0
+        for name, tap in self.taps.items():
+            asked = self.known[:, None] & self.sites[start:start + tap.shape[1]]
+            start += tap.shape[1]
+            if tap.grad is None or not self._scales:
+                found[name] = torch.full_like(tap, float('nan'))
+                continue
+            # the loss is a mean over the samples that have a class
+            gradient = tap.grad.detach() * -(self.known.sum() / torch.stack(self._scales).sum().to(tap.dtype))
+            asked = asked & gradient.flatten(2).isfinite().all(2)
+            found[name] = gradient.masked_fill(~asked.view(*asked.shape, *[1] * (tap.ndim - 2)), float('nan'))
+        return found
+
     def change(self) -> torch.Tensor:
         """Return the change of the log-probability (or of minus the sample's loss) at every site, (B, L of all groups).
 
-        NaN where no gradient arrived, or one that is not finite.
+        NaN where the gradient is.
         """
-        columns = []
-        for name, tap in self.taps.items():
-            if tap.grad is None or not self._scales:
-                columns.append(torch.full(tap.shape[:2], float('nan'), device=tap.device))
-                continue
-            # the loss is a mean over the samples that have a class
-            gradient = tap.grad.detach() * (self.known.sum() / torch.stack(self._scales).sum().to(tap.dtype))
-            attention = self.maps[name].flatten(2)
-            columns.append(-(gradient.flatten(2) * (attention.mean(2, keepdim=True) - attention)).sum(2))
-        change = torch.cat(columns, dim=1)
-        return change.where(change.isfinite() & self.known[:, None], torch.full_like(change, float('nan')))
+        gradients = self.gradients()
+        change = torch.cat([first_order(gradients[name], self.maps[name]) for name in self.taps], dim=1)
+        return change.where(change.isfinite(), torch.full_like(change, float('nan')))
 
 
 class TaylorMeasure(Measure):
@@ -121,6 +137,8 @@ class TaylorMeasure(Measure):
         groups: Groups of attention sites.
         criterion: The class loss.
         target: 'loss' takes each sample's own class loss in the place of minus the log-probability of its class.
+        sites: 'all' measures at every site, 'drawn' at the one that is drawn of each group.
+        direct: Whether what the direct actor needs is kept too.
         **kwargs: Passed to `Measure`.
 
     Raises:
@@ -132,12 +150,18 @@ class TaylorMeasure(Measure):
             groups: Sequence[Group],
             criterion: nn.Module | Callable,
             target: str | None = None,
+            sites: str = 'all',
+            direct: bool = False,
             **kwargs: Any,
     ):
         check_criterion(criterion, target)
+        if sites not in TAYLOR_SITES:
+            raise ValueError(f"taylor_sites must be one of {', '.join(TAYLOR_SITES)}, got '{sites}'.")
         super().__init__(**kwargs)
+        self.drawn_alone, self.direct = sites == 'drawn', direct
         self.groups = list(groups)
         self._sites = [site for group in self.groups for site in group.sites]
+        self._group = [index for index, group in enumerate(self.groups) for _ in group.sites]
         self.target = target
         self._told = False
         self.pending: Pending | None = None  # an attribute, not a buffer: DDP would send that of the first process
@@ -170,13 +194,16 @@ class TaylorMeasure(Measure):
                 "rewards by each sample's own loss."
             )
         before, self.pending = self.pending, None
-        asked, measured = None, None
+        asked, measured, earlier = None, None, None
         if before is not None:
             asked = before.states, before.maps
             measured = self._measured(before)
+            if self.direct:
+                earlier = before.descriptors, before.maps, before.gradients()
             before = None  # taps and gradients are gone when the next ones are made
         taps = self._taps(trainable.model, input) if trainable.rotation.due else None
-        judged = call(input, taps=taps, pending=asked)
+        options: dict[str, Any] = {'earlier': earlier, 'descriptors': taps is not None} if self.direct else {}
+        judged = call(input, taps=taps, pending=asked, **options)
         output = judged['output'].detach()
         if measured is None:
             measured = self.unmeasured(output, target, self._sites)
@@ -186,8 +213,22 @@ class TaylorMeasure(Measure):
                 {name: tensor.clone() if self.compiled else tensor for name, tensor in judged[kind].items()}
                 for kind in ('states', 'maps')  # the next step of a compiled module may overwrite what it returned
             )
-            self.pending = Pending(states, maps, taps, is_correct(log_probabilities(output), classes), known)
+            descriptors = {
+                name: tuple(tensor.clone() if self.compiled else tensor for tensor in tensors)
+                for name, tensors in judged.get('descriptors', {}).items()}
+            self.pending = Pending(
+                states, maps, taps, is_correct(log_probabilities(output), classes), known,
+                self._asked(trainable).to(output.device), descriptors)
         return judged, measured
+
+    def _asked(self, trainable: DrealTrainableModule) -> torch.Tensor:
+        """Which sites are asked for, (L of all groups,) bool."""
+        asked = torch.ones(len(self._sites), dtype=torch.bool)
+        if self.drawn_alone:
+            drawn = trainable.rotation.draw()
+            asked = torch.tensor([
+                index == drawn[number] for number, group in enumerate(self.groups) for index in range(len(group.sites))])
+        return asked
 
     def _measured(self, pending: Pending) -> Measured:
         if pending.lost and not self._told:
@@ -196,7 +237,7 @@ class TaylorMeasure(Measure):
                 "probe='taylor': a backward pass left no gradient at some maps, whose rewards are missing. Reentrant "
                 'gradient checkpointing (timm.layers.set_reentrant_ckpt) does that, the default does not.'
             )
-        rewards = reward(pending.change(), pending.right, self.gamma, self.clip)
+        rewards = self.rule(pending.change(), pending.right, self._group)
         return Measured(self._sites, rewards, pending.right)
 
     def watch(self, loss: torch.Tensor) -> None:

@@ -12,14 +12,29 @@ from timm.optim import auto_group_layers
 from torch import nn
 
 from dreal_timm.attention import Group
-from dreal_timm.capture import Reading, read_map, record, tap
+from dreal_timm.capture import Reading, map_again, read_map, record, tap
 from dreal_timm.critic import Critic
 from dreal_timm.norms import record_norms
 from dreal_timm.readers import map_size
 from dreal_timm.restart import keep_inputs
 from dreal_timm.rotation import Rotation
 
-__all__ = ['DrealTrainableModule', 'stack_readings']
+__all__ = ['DrealTrainableModule', 'first_order', 'stack_maps', 'stack_readings']
+
+
+def stack_maps(groups: Sequence[Group], maps: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the maps of each group, (B, L, *size), float32.
+
+    Args:
+        groups: Groups of attention sites.
+        maps: Map of each site, by its name, in the shape that its gate gives it.
+    """
+    stacked = {}
+    for group in groups:
+        names = [site.name for site in group.sites]
+        shape = (-1, 1, *map_size(group.kind, maps[names[0]].shape))
+        stacked[group.name] = torch.cat([maps[name].reshape(shape).float() for name in names], dim=1)
+    return stacked
 
 
 def stack_readings(
@@ -34,14 +49,24 @@ def stack_readings(
         readings: What was recorded at each site, by its name.
         maps: Map of each site, by its name, in the shape that its gate gives it.
     """
-    states, stacked = {}, {}
+    stacked, states = stack_maps(groups, maps), {}
     for group in groups:
-        names = [site.name for site in group.sites]
-        shape = (-1, 1, *map_size(group.kind, maps[names[0]].shape))
-        judged = shape if group.kind == 'spatial' else shape[:3]
-        states[group.name] = torch.cat([readings[name].state.reshape(judged).float() for name in names], dim=1)
-        stacked[group.name] = torch.cat([maps[name].reshape(shape).float() for name in names], dim=1)
+        size = stacked[group.name].shape[2:]
+        judged = (-1, 1, *(size if group.kind == 'spatial' else size[:1]))
+        states[group.name] = torch.cat(
+            [readings[site.name].state.reshape(judged).float() for site in group.sites], dim=1)
     return states, stacked
+
+
+def first_order(gradient: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """Return <gradient, mean(A) - A>, the change to first order if a map is replaced by its mean, (B, L).
+
+    Args:
+        gradient: Gradient of what changes at the maps, (B, L, *size).
+        attention: The maps, (B, L, *size).
+    """
+    flat = attention.flatten(2)
+    return (gradient.flatten(2) * (flat.mean(2, keepdim=True) - flat)).sum(2)
 
 
 class DrealTrainableModule(nn.Module):
@@ -92,6 +117,10 @@ class DrealTrainableModule(nn.Module):
             kept: Sequence[str] = (),
             taps: Mapping[str, torch.Tensor] | None = None,
             pending: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
+            descriptors: bool = False,
+            earlier: tuple[
+                Mapping[str, Sequence[torch.Tensor]], Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]
+            ] | None = None,
     ) -> dict[str, Any]:
         """Run the judged pass and judge its maps.
 
@@ -101,6 +130,9 @@ class DrealTrainableModule(nn.Module):
             kept: Names of the modules whose inputs they need.
             taps: Tensors to add to the maps of each group, (B, L, *size).
             pending: States and maps of another batch, for the critic to judge in the place of this one's.
+            descriptors: Whether to return what maps were computed from.
+            earlier: Such descriptors by site, maps by group, and the gradient of a quantity at these maps by group, of
+                another batch.
 
         Returns:
             Dictionary containing:
@@ -109,6 +141,9 @@ class DrealTrainableModule(nn.Module):
                 - 'critic_quality': Quality, (B, L), with a graph to the critic alone: the same, or of `pending`
                 - 'states', 'maps': Of each group, (B, L, *judged_size) and (B, L, *size), float32, without a graph
                 - 'norms', 'kept': What counterfactual passes need
+                - 'descriptors': By site, if asked for
+                - 'change': With `earlier`, how its quantity changes to first order if a map is replaced by its mean,
+                  (B, L), with a graph to the attention parameters alone
         """
         sites = [site for group in self.groups for site in group.sites]
         with ExitStack() as stack:
@@ -125,7 +160,26 @@ class DrealTrainableModule(nn.Module):
             frozen = {name: parameter.detach() for name, parameter in self.critic.named_parameters()}
             actor = torch.func.functional_call(self.critic, frozen, (states, maps))
             critic = self.critic(*((states, fixed) if pending is None else pending))
-        return {
+        result = {
             'output': output, 'actor_quality': actor, 'critic_quality': critic,
             'states': states, 'maps': fixed, 'norms': norms, 'kept': inputs,
         }
+        if descriptors:
+            result['descriptors'] = {name: reading.descriptors for name, reading in readings.items()}
+        if earlier is not None:
+            result['change'] = self._change(*earlier)
+        return result
+
+    def _change(
+            self,
+            descriptors: Mapping[str, Sequence[torch.Tensor]],
+            maps: Mapping[str, torch.Tensor],
+            gradients: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        sites = [site for group in self.groups for site in group.sites]
+        again = stack_maps(
+            self.groups, {site.name: map_again(self.model, site, descriptors[site.name]) for site in sites})
+        # what is not known changes nothing, and a NaN would reach the parameters through any mask
+        return torch.cat([
+            first_order(gradients[name].nan_to_num(0.0, 0.0, 0.0), maps[name] + (graph - graph.detach()))
+            for name, graph in again.items()], dim=1)

@@ -11,7 +11,7 @@ import dreal_timm
 ROOT = Path(dreal_timm.__file__).parent
 CORE = {
     'readers', 'gates', 'overrides', 'attention', 'capture', 'critic', 'draws', 'flow', 'losses', 'measure', 'norms',
-    'passes', 'probe', 'restart', 'reward', 'rotation', 'task', 'taylor', 'trainable',
+    'passes', 'probe', 'restart', 'reward', 'rotation', 'share', 'task', 'taylor', 'trainable',
 }
 ALLOWED = {
     'version': set(),
@@ -24,6 +24,7 @@ ALLOWED = {
     'reward': set(),
     'rotation': set(),
     'losses': set(),
+    'share': set(),
     'norms': set(),
     'gates': {'readers'},
     'attention': {'readers', 'gates', 'overrides'},
@@ -37,8 +38,8 @@ ALLOWED = {
     'measure': {'attention', 'draws', 'passes', 'probe', 'reward', 'trainable'},
     'taylor': {'attention', 'measure', 'passes', 'reward', 'trainable'},
     'task': {
-        'readers', 'attention', 'critic', 'flow', 'losses', 'measure', 'norms', 'probe', 'rotation', 'taylor',
-        'trainable',
+        'readers', 'attention', 'critic', 'flow', 'losses', 'measure', 'norms', 'probe', 'reward', 'rotation', 'share',
+        'taylor', 'trainable',
     },
     'data': {'errors'},
     'audit': CORE | {'layers', 'models', 'data', 'hub', 'errors', 'version'},

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-__all__ = ['FONTS', 'prepare_glyphs']
+__all__ = ['FONTS', 'draw_letters', 'prepare_glyphs']
 
 FONTS = (
     'DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSans-Oblique', 'DejaVuSansMono', 'DejaVuSerif', 'DejaVuSerif-Italic')
@@ -106,6 +106,58 @@ def _write(directory: Path, letters: Sequence[str], fonts: Sequence[Any], views:
     return counts
 
 
+def _chosen(source: str | Path | None, count: int, more: int = 0) -> tuple[list[Any], list[str]]:
+    """The fonts, and so many of the letters that they share, in an order of their own, with up to so many more."""
+    paths = _fonts(source)
+    try:
+        fonts = [ImageFont.truetype(str(path), 44) for path in paths]
+    except OSError as error:
+        raise ValueError(f"'{source or paths[0].parent}': one of its files is no font ({error}).") from error
+    letters = _letters(paths, fonts)
+    if len(letters) < count:
+        raise ValueError(f'The fonts share {len(letters)} letters that look different, expected {count}.')
+    order = np.random.default_rng(_SEED).permutation(len(letters))[:count + more]
+    return fonts, [letters[i] for i in order]
+
+
+def draw_letters(
+        classes: int = 300,
+        views: dict[str, int] | None = None,
+        size: int = 32,
+        source: str | Path | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Draw a classification set of letters, the same for the same fonts and versions of Pillow.
+
+    Args:
+        classes: Number of letters.
+        views: Images of a letter in a font, of each split; None draws 6 to train on and 6 to test.
+        size: Side of the images, pixels.
+        source: Folder of fonts (*.ttf, *.otf); None takes six of DejaVu's out of matplotlib.
+
+    Returns:
+        Of each split grey images, (N, size, size) uint8, and labels, (N,) int64.
+
+    Raises:
+        FileNotFoundError: No fonts.
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: The fonts share too few letters, or one of them is none.
+    """
+    fonts, letters = _chosen(source, classes)
+    first, splits = 0, {}
+    for split, count in (views or {'train': 6, 'test': 6}).items():
+        images, labels = [], []
+        for number, letter in enumerate(letters):
+            for camera, font in enumerate(fonts, 1):
+                picture = _drawn(letter, font)
+                for view in range(first, first + count):
+                    draw = np.random.default_rng([_SEED, number + 1, camera, view])
+                    images.append(np.asarray(_view(picture, camera, draw, size)))
+                    labels.append(number)
+        splits[split] = np.stack(images), np.array(labels, dtype=np.int64)
+        first += count
+    return splits
+
+
 def prepare_glyphs(
         directory: str | Path,
         source: str | Path | None = None,
@@ -135,17 +187,9 @@ def prepare_glyphs(
     directory = Path(directory)
     if directory.exists():
         raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
-    paths = _fonts(source)
-    try:
-        fonts = [ImageFont.truetype(str(path), 44) for path in paths]
-    except OSError as error:
-        raise ValueError(f"'{source or paths[0].parent}': one of its files is no font ({error}).") from error
-    letters = _letters(paths, fonts)
-    if len(letters) < _TRAIN + _TEST:
-        raise ValueError(f'The fonts share {len(letters)} letters that look different, expected {_TRAIN + _TEST}.')
-    order = np.random.default_rng(_SEED).permutation(len(letters))[:_TRAIN + _TEST + _DISTRACTORS]
+    fonts, letters = _chosen(source, _TRAIN + _TEST, _DISTRACTORS)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f'.{directory.name}-') as scratch:
-        counts = _write(Path(scratch) / 'glyphs', [letters[i] for i in order], fonts, views, size)
+        counts = _write(Path(scratch) / 'glyphs', letters, fonts, views, size)
         os.replace(Path(scratch) / 'glyphs', directory)
     return counts

@@ -1,0 +1,283 @@
+"""The signal, followed: what the reward says, how much of it the critic knows, and where L_q pushes, over a training
+
+A network is trained, and after chosen epochs, in evaluation mode, on images that it was not trained on:
+
+- gains: 1 - p'/p of each site and image by exact passes, over right images: mean, standard deviation, and the share of
+  the variance that belongs to the image (intraclass correlation over augmented views of it);
+- penalty: the share of the variance of the literal reward (wrong images get -1) that right or wrong alone explains;
+- critic: R^2 and Spearman's rank correlation of Q with the gain, over right images, against a constant; R^2 of Q with
+  the literal reward over all images, against right or wrong alone;
+- push: length of L_q's gradient at the attention parameters beside L_c's, and their cosine; and for steps of one length
+  along L_q's, along L_c's, along the first-order reward's (`direct`) and along random directions, what happens to the
+  exact mean gain and to the class loss, on the batch itself and on new images.
+"""
+import argparse
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fashion
+import forms
+import report
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from dreal_timm import DrealTask, find_sites
+from dreal_timm.attention import Group, attention_parameters, group_sites
+from dreal_timm.capture import bypass, read_map, record, tap
+from dreal_timm.trainable import stack_readings
+
+Direction = dict[str, torch.Tensor]
+
+
+def log_p(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each image's class, (B,)."""
+    return model(images).log_softmax(1).gather(1, labels[:, None])[:, 0]
+
+
+@torch.no_grad()
+def exact_gains(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 1 - p'/p of each image and site, (B, L), and which images the network gets right, (B,)."""
+    model.eval()
+    sites = [site for group in group_sites(find_sites(model, fashion.SIZE)) for site in group.sites]
+    gains, right = [], []
+    for x, y in zip(images.split(500), labels.split(500), strict=True):
+        logits = model(x)
+        before = logits.log_softmax(1).gather(1, y[:, None])
+        columns = []
+        for site in sites:
+            with bypass(model, [site]):
+                columns.append(log_p(model, x, y))
+        gains.append(-torch.expm1(torch.stack(columns, 1) - before))
+        right.append(logits.argmax(1) == y)
+    return torch.cat(gains).clamp(-1, 1), torch.cat(right)
+
+
+@torch.no_grad()
+def judgements(task: DrealTask, images: torch.Tensor) -> torch.Tensor:
+    """Return the critic's quality of each image and site, (B, L)."""
+    trainable: Any = task.trainable_module
+    trainable.model.eval()
+    sites = [site for group in task.groups for site in group.sites]
+    found = []
+    for x in images.split(500):
+        with record(trainable.model, sites) as readings:
+            trainable.model(x)
+        maps = {site.name: readings[site.name].attention for site in sites}
+        found.append(trainable.critic(*stack_readings(task.groups, readings, maps)))
+    return torch.cat(found)
+
+
+def views(images: torch.Tensor, count: int, seed: int, mirrored: bool) -> list[torch.Tensor]:
+    """Return augmented views of the images as in training: shifted by up to 2 pixels, each by its own, and mirrored."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        padded = nn.functional.pad(images, (2, 2, 2, 2), mode='replicate')
+        at = torch.randint(0, 5, (len(images), 2), generator=generator).tolist()
+        view = torch.stack([image[:, y:y + 32, x:x + 32] for image, (y, x) in zip(padded, at, strict=True)])
+        flipped = torch.rand(len(images), generator=generator) < (0.5 if mirrored else 0.0)
+        found.append(torch.where(flipped[:, None, None, None], view.flip(3), view))
+    return found
+
+
+def intraclass(values: torch.Tensor) -> float:
+    """Return the share of variance that belongs to the image, of (images, views): the one-way ICC(1)."""
+    n, k = values.shape
+    between = k * values.mean(1).var(correction=1)
+    within = values.var(1, correction=1).mean()
+    return ((between - within) / (between + (k - 1) * within)).item()
+
+
+def explained(predicted: torch.Tensor, values: torch.Tensor) -> float:
+    """Return R^2: 1 less the squared error beside that of the mean."""
+    return (1 - (predicted - values).square().sum() / (values - values.mean()).square().sum()).item()
+
+
+def signal_of(
+        task: DrealTask,
+        groups: Sequence[Group],
+        data: fashion.Data,
+        mirrored: bool,
+        count: int,
+) -> list[dict[str, Any]]:
+    """Describe rewards and critic, a row for each group."""
+    model = task.get_eval_model()
+    assert model is not None
+    images, labels = data
+    gains, right = exact_gains(model, images, labels)
+    quality = judgements(task, images)
+    seen = [exact_gains(model, view, labels) for view in views(images, count, 0, mirrored)]
+    always = torch.stack([r for _, r in seen], 1).all(1)
+    rows, start = [], 0
+    for group in groups:
+        columns = range(start, start + len(group.sites))
+        start += len(group.sites)
+        found: dict[str, list[float]] = {}
+        for column in columns:
+            gain, q = gains[:, column], quality[:, column]
+            literal = gain.where(right, torch.full_like(gain, -1.0))
+            guess = torch.where(right, gain[right].mean(), torch.tensor(-1.0))  # right or wrong, and nothing else
+            values = {
+                'mean': gain[right].mean().item(), 'sd': gain[right].std().item(),
+                'icc': intraclass(torch.stack([g[:, column] for g, _ in seen], 1)[always]),
+                'penalty_share': explained(guess, literal),
+                'critic_r2': explained(q[right], gain[right]),
+                'critic_rank': float(spearmanr(q[right].numpy(), gain[right].numpy()).statistic),
+                'critic_r2_all': explained(q, literal),
+                'critic_sd': q[right].std().item(), 'critic_mean': q[right].mean().item(),
+            }
+            for key, value in values.items():
+                found.setdefault(key, []).append(value)
+        rows.append({'group': group.name, **{key: sum(v) / len(v) for key, v in found.items()}})
+    return rows
+
+
+def _gradient(value: torch.Tensor, theta: Mapping[str, nn.Parameter]) -> Direction:
+    grads = torch.autograd.grad(value, list(theta.values()), retain_graph=True, allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(theta.items(), grads, strict=True)}
+
+
+def _length(direction: Direction) -> float:
+    return math.sqrt(sum(d.square().sum().item() for d in direction.values()))
+
+
+def _cosine(a: Direction, b: Direction) -> float:
+    return sum((a[name] * b[name]).sum().item() for name in a) / max(_length(a) * _length(b), 1e-30)
+
+
+def directions(task: DrealTask, data: fashion.Data, seed: int) -> dict[str, Direction]:
+    """Return directions at the attention parameters, downhill of: L_q, L_c, minus the first-order reward; and noise."""
+    trainable: Any = task.trainable_module
+    model, (images, labels) = trainable.model.eval(), data
+    sites = [site for group in task.groups for site in group.sites]
+    theta = attention_parameters(model, sites)
+    with record(model, sites) as readings:
+        loss = nn.functional.cross_entropy(model(images), labels)
+    maps = {site.name: read_map(model, site, readings[site.name]) for site in sites}
+    frozen = {name: parameter.detach() for name, parameter in trainable.critic.named_parameters()}
+    quality = torch.func.functional_call(trainable.critic, frozen, stack_readings(task.groups, readings, maps))
+    actor = _gradient(-quality.sum(1).mean(), theta)
+    # the gradient of log p at each map, by zero leaves; then the reward to first order as a function of theta
+    by_class, direct = _gradient(loss, theta), _first_order(model, data, maps, theta)
+    generator = torch.Generator().manual_seed(seed)
+    noise = {name: torch.randn(p.shape, generator=generator) for name, p in theta.items()}
+    found = {'actor': actor, 'class': by_class, 'direct': direct}
+    return {name: {k: -v for k, v in d.items()} for name, d in found.items()} | {'random': noise}
+
+
+def _first_order(model: nn.Module, data: fashion.Data, maps: Mapping[str, torch.Tensor], theta: Any) -> Direction:
+    images, labels = data
+    sites = [site for group in group_sites(find_sites(model, fashion.SIZE)) for site in group.sites]
+    taps = [torch.zeros_like(maps[site.name], requires_grad=True) for site in sites]
+    with tap(model, sites, taps):
+        logits = model(images)
+    right = logits.argmax(1) == labels
+    total = (logits.log_softmax(1).gather(1, labels[:, None])[:, 0] * right).sum()
+    reward = torch.zeros(())
+    for site, gradient in zip(sites, torch.autograd.grad(total, taps), strict=True):
+        attention = maps[site.name].flatten(1)
+        reward = reward + (gradient.flatten(1) * (attention - attention.mean(1, keepdim=True))).sum()
+    return _gradient(-reward / len(labels), theta)
+
+
+def steps_along(task: DrealTask, batch: fashion.Data, new: fashion.Data, step: float, seed: int) -> dict[str, Any]:
+    """Go a step along each direction, and tell how the exact mean gain and the class loss change."""
+    model = task.get_eval_model()
+    assert model is not None
+    found = directions(task, batch, seed)
+    theta = attention_parameters(model, [site for group in task.groups for site in group.sites])
+    size = step * math.sqrt(sum(p.detach().square().sum().item() for p in theta.values()))
+    before = {name: _measure(model, data, None) for name, data in (('same', batch), ('new', new))}
+    told: dict[str, Any] = {
+        'actor_length': _length(found['actor']), 'class_length': _length(found['class']),
+        'direct_length': _length(found['direct']),
+        'cosine_actor_class': _cosine(found['actor'], found['class']),
+        'cosine_actor_direct': _cosine(found['actor'], found['direct']),
+        'cosine_class_direct': _cosine(found['class'], found['direct']),
+        'gain': before['new']['gain'], 'loss': before['new']['loss'], 'steps': {},
+    }
+    for name, direction in found.items():
+        moved = copy.deepcopy(model)
+        parameters = dict(moved.named_parameters())
+        length = max(_length(direction), 1e-30)
+        with torch.no_grad():
+            for key, value in direction.items():
+                parameters[key] += value * (size / length)
+        told['steps'][name] = {}
+        for where, data in (('same', batch), ('new', new)):
+            after = _measure(moved, data, before[where]['right'])
+            told['steps'][name][where] = {key: after[key] - before[where][key] for key in ('gain', 'loss')}
+    return told
+
+
+def _measure(model: nn.Module, data: fashion.Data, right: torch.Tensor | None) -> dict[str, Any]:
+    """Gain summed over the sites, mean over the images that were right at first, and class loss, mean over all."""
+    gains, now = exact_gains(model, *data)
+    right = now if right is None else right
+    with torch.no_grad():
+        loss = -torch.cat([log_p(model, x, y) for x, y in zip(data[0].split(500), data[1].split(500), strict=True)])
+    return {'gain': gains[right].sum(1).mean().item(), 'loss': loss.mean().item(), 'right': right}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--set', choices=('fashion', 'letters'), default='fashion')
+    parser.add_argument('--attention', choices=('se', 'cbam', 'srm'), default='se')
+    parser.add_argument('--form', default='split', help='form that it is trained with, see forms.py')
+    parser.add_argument('--images', type=int, default=10_000, help='images to train on')
+    parser.add_argument('--epochs', type=int, default=5)
+    parser.add_argument('--after', type=int, nargs='+', default=[1, 3, 5], help='epochs after which to look')
+    parser.add_argument('--held-out', type=int, default=2_000, help='images to look at')
+    parser.add_argument('--views', type=int, default=4, help='augmented views of each')
+    parser.add_argument('--batches', type=int, default=4, help='training batches that steps are made from')
+    parser.add_argument('--step', type=float, default=0.01, help='length of a step, a share of that of the parameters')
+    parser.add_argument('--width', type=float, default=0.25)
+    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--lr', type=float, default=0.1)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--data', type=Path, default=fashion.DEBIAN_FILES)
+    parser.add_argument('--output', type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device('cpu')
+    header = report.begin(args, device)
+    data = fashion.open_set(args.set, args.data)
+    model = fashion.network(args.attention, args.width, args.seed, classes=data.classes)
+    task = forms.make_task(model, args.form, args.seed, device)
+    assert isinstance(task, DrealTask), 'plain training has no critic: use --form split with weight 0'
+    images = fashion.subset(data.splits['train'], args.images, args.seed)
+    held_out = fashion.subset(data.splits['test'], args.held_out, 1)
+    rows: list[dict[str, Any]] = []
+
+    def after_epoch(epoch: int) -> None:
+        if epoch + 1 not in args.after:
+            return
+        top1 = fashion.accuracy(model, data.splits['test'], device)
+        print(f'epoch {epoch + 1}: top-1 {top1:.2f}%', flush=True)
+        found = signal_of(task, task.groups, held_out, data.mirrored, args.views)
+        for row in found:
+            print('  ' + '  '.join(f'{key} {value:.3f}' if key != 'group' else f'{value:16}' for key, value in row.items()))
+        loader = fashion.batches(images, args.batch_size, 10_000 + epoch, args.seed, data.mirrored)
+        steps = [steps_along(task, next(loader), held_out, args.step, i) for i in range(args.batches)]
+        for name in steps[0]['steps']:
+            told = {
+                f'{key} {where}': [s['steps'][name][where][key] for s in steps]
+                for where in ('same', 'new') for key in ('gain', 'loss')}
+            print(f'  along {name:7}' + '  '.join(f'{k} {sum(v) / len(v):+.5f}' for k, v in told.items()))
+        keys = [key for key in steps[0] if key != 'steps']
+        print('  ' + '  '.join(f'{key} {sum(s[key] for s in steps) / len(steps):.4f}' for key in keys), flush=True)
+        rows.append({'epoch': epoch + 1, 'top1': top1, 'groups': found, 'pushes': steps})
+        task.get_trainable_module().train()
+
+    fashion.train(
+        task, images, args.epochs, args.batch_size, args.lr, args.seed, device, after_epoch, data.mirrored)
+    name = f'signal-{args.set}-{args.attention}-{args.form.replace("/", "+")}-{args.seed}.json'
+    report.write(args.output or report.RESULTS / name, header, rows)
+
+
+if __name__ == '__main__':
+    main()
