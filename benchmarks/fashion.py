@@ -1,6 +1,6 @@
 """Small image sets in memory, and a training run on them that is the same for every kind of task but for the task
 
-Fashion-MNIST (60,000 images, 10 classes), and letters: 300 of them in six fonts with turns, blur, noise and things that
+Fashion-MNIST (60,000 images, 10 classes), and letters: 100 of them in six fonts with turns, blur, noise and things that
 stand before them (`dreal_timm.data.glyphs`), a set of many classes that anyone can draw without a download.
 """
 import gzip
@@ -51,16 +51,16 @@ def load(folder: Path = DEBIAN_FILES) -> dict[str, Data]:
 
 
 def letters() -> dict[str, Data]:
-    """Draw images (N, 1, 32, 32), normalised, and labels (N,): 10,800 to train on, 10,800 to test, 300 classes."""
+    """Draw images (N, 1, 32, 32), normalised, and labels (N,): 7,200 to train on, 21,600 to test, 100 classes."""
     splits = {}
-    for split, (pixels, labels) in draw_letters(classes=300, views={'train': 6, 'test': 6}).items():
+    for split, (pixels, labels) in draw_letters(classes=100, views={'train': 12, 'test': 36}).items():
         splits[split] = (torch.from_numpy(pixels).float()[:, None] / 255 - 0.5) / 0.25, torch.from_numpy(labels)
     return splits
 
 
 def open_set(name: str, folder: Path = DEBIAN_FILES) -> ImageSet:
     """Open 'fashion' or 'letters'."""
-    return ImageSet(load(folder), 10, True) if name == 'fashion' else ImageSet(letters(), 300, False)
+    return ImageSet(load(folder), 10, True) if name == 'fashion' else ImageSet(letters(), 100, False)
 
 
 def batches(data: Data, batch_size: int, epoch: int, seed: int, mirrored: bool = True) -> Iterator[Data]:

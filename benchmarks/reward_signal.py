@@ -86,7 +86,7 @@ def views(images: torch.Tensor, count: int, seed: int, mirrored: bool) -> list[t
 
 def intraclass(values: torch.Tensor) -> float:
     """Return the share of variance that belongs to the image, of (images, views): the one-way ICC(1)."""
-    n, k = values.shape
+    k = values.shape[1]
     between = k * values.mean(1).var(correction=1)
     within = values.var(1, correction=1).mean()
     return ((between - within) / (between + (k - 1) * within)).item()
@@ -166,7 +166,8 @@ def directions(task: DrealTask, data: fashion.Data, seed: int) -> dict[str, Dire
     generator = torch.Generator().manual_seed(seed)
     noise = {name: torch.randn(p.shape, generator=generator) for name, p in theta.items()}
     found = {'actor': actor, 'class': by_class, 'direct': direct}
-    return {name: {k: -v for k, v in d.items()} for name, d in found.items()} | {'random': noise}
+    downhill = {name: {key: -value for key, value in uphill.items()} for name, uphill in found.items()}
+    return {**downhill, 'random': noise}
 
 
 def _first_order(model: nn.Module, data: fashion.Data, maps: Mapping[str, torch.Tensor], theta: Any) -> Direction:
@@ -177,11 +178,11 @@ def _first_order(model: nn.Module, data: fashion.Data, maps: Mapping[str, torch.
         logits = model(images)
     right = logits.argmax(1) == labels
     total = (logits.log_softmax(1).gather(1, labels[:, None])[:, 0] * right).sum()
-    reward = torch.zeros(())
+    rewards: list[torch.Tensor] = []
     for site, gradient in zip(sites, torch.autograd.grad(total, taps), strict=True):
         attention = maps[site.name].flatten(1)
-        reward = reward + (gradient.flatten(1) * (attention - attention.mean(1, keepdim=True))).sum()
-    return _gradient(-reward / len(labels), theta)
+        rewards.append((gradient.flatten(1) * (attention - attention.mean(1, keepdim=True))).sum())
+    return _gradient(-torch.stack(rewards).sum() / len(labels), theta)
 
 
 def steps_along(task: DrealTask, batch: fashion.Data, new: fashion.Data, step: float, seed: int) -> dict[str, Any]:
@@ -260,7 +261,8 @@ def main() -> None:
         print(f'epoch {epoch + 1}: top-1 {top1:.2f}%', flush=True)
         found = signal_of(task, task.groups, held_out, data.mirrored, args.views)
         for row in found:
-            print('  ' + '  '.join(f'{key} {value:.3f}' if key != 'group' else f'{value:16}' for key, value in row.items()))
+            numbers = [f'{key} {value:.3f}' for key, value in row.items() if key != 'group']
+            print('  '.join([f"  {row['group']:16}", *numbers]))
         loader = fashion.batches(images, args.batch_size, 10_000 + epoch, args.seed, data.mirrored)
         steps = [steps_along(task, next(loader), held_out, args.step, i) for i in range(args.batches)]
         for name in steps[0]['steps']:

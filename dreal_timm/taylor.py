@@ -226,8 +226,8 @@ class TaylorMeasure(Measure):
         asked = torch.ones(len(self._sites), dtype=torch.bool)
         if self.drawn_alone:
             drawn = trainable.rotation.draw()
-            asked = torch.tensor([
-                index == drawn[number] for number, group in enumerate(self.groups) for index in range(len(group.sites))])
+            asked = torch.cat([
+                torch.arange(len(group.sites)) == index for group, index in zip(self.groups, drawn, strict=True)])
         return asked
 
     def _measured(self, pending: Pending) -> Measured:

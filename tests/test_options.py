@@ -186,7 +186,8 @@ def test_a_standardized_critic_is_known_from_its_checkpoint(tmp_path):
     torch.save({'state_dict': task.get_eval_model().state_dict(), 'task_state': task.get_task_state()}, path)
     found = load_critic(path, task.groups)
     assert all(critic.standardized is not None for critic in found.values())
-    assert all(critic.standardized is None for critic in make_task(make_model('se')).get_trainable_module().critic.values())
+    plain = make_task(make_model('se')).get_trainable_module().critic
+    assert all(critic.standardized is None for critic in plain.values())
 
 
 def test_direct_actor_by_hand():
