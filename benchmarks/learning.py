@@ -30,7 +30,7 @@ _EVERY = [
     'plain', 'literal', 'literal-weak', 'taylor', 'taylor/shuffled', 'taylor/random', 'taylor-drawn', 'standardized',
     'exclude', 'exclude-standardized', 'measure-log', 'measure-log-standardized', 'capacity', 'inputs',
     'capacity-inputs', 'warmup', 'share', 'inputs-share', 'capacity-inputs-share', 'direct', 'direct-share',
-    'direct-log-share', 'direct-log-full', 'direct-log-full/shuffled', 'cal',
+    'direct-log-share', 'direct-log-full', 'cal',
 ]
 # what is run, by the name of the study; docs/evidence.md says why
 STUDIES: dict[str, dict[str, Any]] = {
@@ -38,8 +38,11 @@ STUDIES: dict[str, dict[str, Any]] = {
     'small': dict(
         images=10_000, epochs=5, seeds=6, weights=[0.03, 0.1, 0.3, 1.0],
         forms=['plain', 'literal', 'split', 'taylor', 'taylor/shuffled']),
-    'screen-fashion': dict(images=10_000, epochs=5, seeds=6, first_seed=100, forms=_EVERY),
-    'screen-letters': dict(set='letters', images=10_800, epochs=6, seeds=6, first_seed=100, forms=_EVERY),
+    'screen': dict(images=10_000, epochs=5, seeds=6, first_seed=100, forms=_EVERY),
+    'primary': dict(images=10_000, epochs=5, seeds=30, first_seed=1000, forms=['plain']),
+    'letters': dict(set='letters', images=7_200, epochs=16, seeds=8, first_seed=2000, forms=['plain']),
+    'few': dict(images=2_000, epochs=25, seeds=8, first_seed=2000, forms=['plain']),
+    'all': dict(images=60_000, epochs=5, seeds=8, first_seed=2000, forms=['plain']),
 }
 _DEFAULTS: dict[str, Any] = dict(
     set='fashion', attention='se', width=0.25, batch_size=128, lr=0.1, first_seed=0, weights=None)
