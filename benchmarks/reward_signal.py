@@ -207,7 +207,7 @@ def steps_along(task: DrealTask, batch: fashion.Data, new: fashion.Data, step: f
         length = max(_length(direction), 1e-30)
         with torch.no_grad():
             for key, value in direction.items():
-                parameters[key] += value * (size / length)
+                parameters[key].add_(value, alpha=size / length)
         told['steps'][name] = {}
         for where, data in (('same', batch), ('new', new)):
             after = _measure(moved, data, before[where]['right'])
