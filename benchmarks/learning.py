@@ -7,7 +7,6 @@ of forms.py; FORM*1.2 trains for 1.2 times as many steps, so that plain training
 """
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -47,11 +46,6 @@ STUDIES: dict[str, dict[str, Any]] = {
 _DEFAULTS: dict[str, Any] = dict(
     set='fashion', attention='se', width=0.25, batch_size=128, lr=0.1, first_seed=0, weights=None)
 _SETTINGS = ('set', 'attention', 'images', 'epochs', 'width', 'batch_size', 'lr')
-# two-sided 97.5% quantiles of Student's t for 1 to 40 degrees of freedom
-T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042, 2.040, 2.037,
-    2.035, 2.032, 2.030, 2.028, 2.026, 2.024, 2.023, 2.021)
 
 _OPEN: dict[str, fashion.ImageSet] = {}  # of this process
 
@@ -117,14 +111,6 @@ def run(name: str, weight: float | None, seed: int, settings: Mapping[str, Any],
         'gates': gates(model, data.splits['test'][0][:500].to(where))}
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Return mean and half of the 95% interval."""
-    n = len(differences)
-    if n < 2:
-        return differences[0], math.nan
-    return statistics.mean(differences), T[min(n - 2, len(T) - 1)] * statistics.stdev(differences) / math.sqrt(n)
-
-
 def table(runs: Sequence[dict]) -> list[dict]:
     """Compare every form and weight with plain training and with its own control, by paired seeds."""
     found = {(r['form'], r['weight'], r['seed']): r for r in runs}
@@ -142,7 +128,7 @@ def table(runs: Sequence[dict]) -> list[dict]:
         for other, key in (('plain', ('plain', None)), ('shuffled', (f'{name}/shuffled', weight))):
             pairs = [r['top1'] - found[(*key, r['seed'])]['top1'] for r in own if (*key, r['seed']) in found]
             if pairs and key != (name, weight):
-                row[f'minus_{other}'], row[f'minus_{other}_95'] = interval(pairs)
+                row[f'minus_{other}'], row[f'minus_{other}_95'] = report.interval(pairs)
         rows.append(row)
     return rows
 
@@ -217,6 +203,7 @@ def main() -> None:
             print(f'{number}/{len(jobs)} {line}', flush=True)
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
     rows = table([r for r in runs if all(r[key] == value for key, value in settings.items())])
+    header['made_on'] = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in runs})
     order = {(name, weight): number for number, (_, name, weight, _) in enumerate(plan)}
     rows.sort(key=lambda row: order.get((row['form'], row['weight']), len(order)))
     for row in rows:

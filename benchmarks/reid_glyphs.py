@@ -9,7 +9,6 @@ actor_weight.
 import argparse
 import csv
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -30,8 +29,6 @@ VARIANTS = {
     'reinforce-weak': ('dreal.actor_weight=0.1',),
 }
 METRICS = ('mAP', 'rank1', 'rank5', 'mINP')
-# two-sided 97.5% quantiles of Student's t for 1 to 15 degrees of freedom
-T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
 
 def train(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -56,13 +53,6 @@ def train(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95% interval."""
-    if len(values) < 2:
-        return values[0], math.nan
-    return statistics.mean(values), T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', type=Path, default=Path('data/glyphs'), help='made by dreal-timm data glyphs')
@@ -81,7 +71,7 @@ def main() -> None:
         rows = list(pool.map(lambda job: train(job[0], job[1], args), jobs))
     found = {(row['variant'], row['seed']): row for row in rows}
     for variant in args.variants:
-        means = [interval([found[variant, seed][key] for seed in args.seeds]) for key in METRICS]
+        means = [report.interval([found[variant, seed][key] for seed in args.seeds]) for key in METRICS]
         print(f'{variant:14} ' + '  '.join(
             f'{key} {mean:6.2f} +- {half:.2f}' for key, (mean, half) in zip(METRICS, means, strict=True)))
     for second in args.variants:
@@ -90,7 +80,7 @@ def main() -> None:
             continue
         text = []
         for key in ('mAP', 'rank1'):
-            mean, half = interval([found[second, seed][key] - found[first, seed][key] for seed in args.seeds])
+            mean, half = report.interval([found[second, seed][key] - found[first, seed][key] for seed in args.seeds])
             text.append(f'{key} {mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})')
         print(f"{second} less {first}: {', '.join(text)}")
     report.write(args.output, header, rows)

@@ -1,6 +1,7 @@
 """What every benchmark says of itself: command, machine, versions and settings, and the numbers as JSON"""
 import argparse
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -12,6 +13,7 @@ from typing import Any
 import accelerate
 import timm
 import torch
+from scipy import stats
 
 import dreal_timm
 
@@ -55,6 +57,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def tell(values: Mapping[str, float], digits: int = 3) -> str:
     """Print a spread as 'median (min to max)'."""
     return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} to {values['max']:.{digits}f})"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of some values and half of its 95% interval (Student's t); NaN for one value."""
+    mean, n = statistics.mean(values), len(values)
+    return mean, float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
 def write(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,0 +1,193 @@
+"""The study's own parts: controls that carry no knowledge, CAL's loss, intervals and the table"""
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import correct_targets, make_batch, make_model
+from oracle import map_by_hand
+from scipy import stats
+from timm.layers import SEModule
+from torch.nn.functional import cross_entropy
+
+from dreal_timm import DrealTask
+
+sys.path.insert(0, str(Path(__file__).parent.parent / 'benchmarks'))
+import fashion
+import forms
+import learning
+import report
+import reward_signal
+
+CPU = torch.device('cpu')
+
+
+def controlled(kind, **options):
+    """A task of a small network under a control, and the same without, after a step each on one batch."""
+    input, _ = make_batch(16)
+    found = []
+    for control in (None, kind):
+        model = make_model('se').train()
+        target = correct_targets(make_model('se').train(), input)
+        task = DrealTask(model, verbose=False, input_size=(3, 64, 64), **options)
+        if control:
+            task.measure = forms.Control(task.measure, control, 0)
+        task(input, target)['loss'].backward()
+        task.zero_grad()
+        result = task(input, target)
+        result['loss'].backward()
+        found.append((task, result))
+    return found
+
+
+@pytest.mark.parametrize('options', [
+    dict(probe='taylor'), dict(probe='taylor', wrong_samples='exclude'), dict(probe='split'), dict(probe='exact')])
+def test_shuffled_rewards(options):
+    """The same numbers at each site, of other samples; who has none has none."""
+    (_, plain), (_, shuffled) = controlled('shuffled', **options)
+    own, other = plain['reward'], shuffled['reward']
+    assert torch.equal(own.isnan(), other.isnan())
+    moved = 0
+    for one, two in zip(own.unbind(1), other.unbind(1), strict=True):
+        known = ~one.isnan()
+        torch.testing.assert_close(one[known].sort().values, two[known].sort().values)
+        moved += int((one[known] != two[known]).sum())
+    assert moved > 0
+
+
+def test_random_rewards():
+    """Other numbers of about the same mean and spread."""
+    control = forms.Control.__new__(forms.Control)
+    control.kind, control.generator = 'random', torch.Generator().manual_seed(0)
+    values = 3 + 0.1 * torch.randn(5000, 2)
+    drawn = control._blind(values)
+    assert abs(torch.corrcoef(torch.stack([values[:, 0], drawn[:, 0]]))[0, 1]) < 0.05
+    torch.testing.assert_close(drawn.mean(0), values.mean(0), rtol=0, atol=0.01)
+    torch.testing.assert_close(drawn.std(0), values.std(0), rtol=0.1, atol=0)
+
+
+def test_the_direct_actor_is_shuffled_too():
+    """What it is pushed by is the gradient of another sample: its own push is another."""
+    (plain, first), (shuffled, second) = controlled('shuffled', probe='taylor', actor='direct')
+    assert first['actor_loss'] != second['actor_loss']
+    gradients = [
+        torch.cat([p.grad.flatten() for n, p in task.get_eval_model().named_parameters() if '.se.' in n])
+        for task in (plain, shuffled)]
+    assert not torch.allclose(*gradients)
+
+
+def test_cal_by_hand(monkeypatch):
+    """The class loss, and that of the difference to the logits with all maps replaced by given random ones."""
+    monkeypatch.setattr(fashion, 'SIZE', (3, 64, 64))
+    model = make_model('se').train()
+    input, target = make_batch(8)
+    monkeypatch.setattr(forms, '_random_map', lambda attention: torch.full_like(attention, 0.25))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    task = forms.CounterfactualTask(model, 0.5, verbose=False)
+    loss = task(input, target)['loss']
+    moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
+    counts = {int(b) for n, b in model.named_buffers() if n.endswith('num_batches_tracked')}
+    assert moved and counts == {1}  # the second pass leaves the running statistics
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    logits = model(input)
+    for module in model.modules():
+        if isinstance(module, SEModule):
+            module.forward = lambda x: x * 0.25
+    expected = cross_entropy(logits, target) + 0.5 * cross_entropy(logits - model(input), target)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize('name', ['plain', 'cal', *forms.FORMS, 'taylor/shuffled', 'direct/random'])
+def test_every_form_takes_two_steps(name):
+    """All that the study runs is there, and its loss is a finite number with gradients."""
+    task = forms.make_task(fashion.network('se', 0.25, 0), name, 0, CPU)
+    task.get_trainable_module().train()
+    for seed in range(2):
+        images = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+        loss = task(images, torch.arange(8))['loss']
+        loss.backward()
+        assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in task.get_trainable_module().parameters())
+
+
+@pytest.mark.parametrize('name', ['plane', 'plain/shuffled', 'taylor/sorted', 'cal/random'])
+def test_forms_that_are_not_there(name):
+    """A form or control that is not known is an error that lists those that are."""
+    with pytest.raises(ValueError, match='expected one of plain, cal, literal'):
+        forms.check_name(name)
+
+
+@pytest.mark.parametrize('n', [2, 3, 8, 30, 41])
+def test_interval_is_students(n):
+    """Mean and half of the 95% interval are scipy's."""
+    values = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).tolist()
+    mean, half = report.interval(values)
+    low, high = stats.t.interval(0.95, n - 1, loc=mean, scale=stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
+
+
+def test_table_by_hand():
+    """Differences are those of the same seed, to plain training and to the control of the same weight."""
+    def made(form, seed, top1, weight=None):
+        return {'form': form, 'weight': weight, 'seed': seed, 'top1': top1, 'curve': [{'seconds': 10.0 * (seed + 1)}]}
+
+    rows = {row['form']: row for row in learning.table([
+        made('plain', 0, 80.0), made('plain', 1, 90.0), made('taylor', 0, 82.0), made('taylor', 1, 91.0),
+        made('taylor/shuffled', 0, 81.0), made('taylor/shuffled', 1, 92.0), made('cal', 1, 95.0)])}
+    assert rows['taylor']['minus_plain'] == 1.5
+    assert rows['taylor']['minus_shuffled'] == 0.0
+    assert rows['taylor']['minus_plain_95'] == pytest.approx(12.706 * math.sqrt(0.5) / math.sqrt(2), rel=1e-4)
+    assert rows['cal']['minus_plain'] == 5.0 and rows['cal']['seeds'] == 1
+    assert rows['plain']['seconds'] == 15.0 and 'minus_plain' not in rows['plain']
+
+
+def test_a_run_is_resumed_and_paired(tmp_path, monkeypatch, capsys):
+    """A study writes a file a run, does not run again what is there, and gives runs of a seed the same images."""
+    splits = {name: (torch.randn(n, 1, 32, 32), torch.randint(3, (n,))) for name, n in (('train', 64), ('test', 500))}
+    monkeypatch.setattr(fashion, 'open_set', lambda name, folder: fashion.ImageSet(splits, 3, True))
+    monkeypatch.setattr(learning, '_OPEN', {})
+    settings = dict(set='fashion', attention='se', images=32, epochs=2, width=0.25, batch_size=16, lr=0.01)
+    first = learning.run('plain', None, 0, settings, '', 'cpu')
+    again = learning.run('plain', None, 0, settings, '', 'cpu')
+    zero = learning.run('taylor', 0.0, 0, settings, '', 'cpu')
+    assert first['top1'] == again['top1'] == zero['top1']  # a weight of 0 is plain training
+    longer = learning.run('plain*1.5', None, 0, settings, '', 'cpu')
+    assert [row['steps'] for row in longer['curve']] == [2, 4, 6]
+    assert 0 <= first['gates']['layer1_channel']['saturated'] <= 1
+
+
+def test_intraclass_correlation():
+    """1 where views of an image are alike, about 0 where they are noise, and the share of the variance between."""
+    generator = torch.Generator().manual_seed(0)
+    image, noise = torch.randn(4000, 1, generator=generator), torch.randn(4000, 4, generator=generator)
+    assert reward_signal.intraclass(image.expand(4000, 4)) == pytest.approx(1)
+    assert abs(reward_signal.intraclass(noise)) < 0.03
+    assert reward_signal.intraclass(image + noise) == pytest.approx(0.5, abs=0.03)
+
+
+def test_exact_gains_by_hand():
+    """1 - p'/p of each site, with the map swapped by hand."""
+    model = fashion.network('se', 0.25, 0).eval()
+    images, labels = torch.randn(6, 1, 32, 32), torch.arange(6)
+    gains, right = reward_signal.exact_gains(model, images, labels)
+    probabilities = model(images).softmax(1)
+    assert torch.equal(right, probabilities.argmax(1) == labels)
+    modules = [module for module in model.modules() if isinstance(module, SEModule)]
+    for column, module in enumerate(modules):
+        module.forward = lambda x, m=module: x * map_by_hand(m, x).mean((1, 2, 3), keepdim=True)
+        without = model(images).softmax(1)
+        del module.forward
+        expected = (1 - without[range(6), labels] / probabilities[range(6), labels]).clamp(-1, 1)
+        torch.testing.assert_close(gains[:, column], expected.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_directions_are_gradients():
+    """A small step along each direction lowers what it is the gradient of."""
+    model = fashion.network('se', 0.25, 0)
+    task = forms.make_task(model, 'split', 0, CPU)
+    data = torch.randn(32, 1, 32, 32), torch.randint(10, (32,))
+    told = reward_signal.steps_along(task, data, data, 1e-3, 0)
+    assert told['steps']['class']['same']['loss'] < 0
+    assert told['steps']['direct']['same']['gain'] > told['steps']['random']['same']['gain']
