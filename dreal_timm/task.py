@@ -19,7 +19,7 @@ from dreal_timm.critic import Critic
 from dreal_timm.flow import trace_flow
 from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
 from dreal_timm.measure import Measure, PassMeasure
-from dreal_timm.norms import check_probeable
+from dreal_timm.options import check_options
 from dreal_timm.probe import PROBES
 from dreal_timm.readers import without_sites
 from dreal_timm.reward import RewardRule, reward
@@ -28,51 +28,9 @@ from dreal_timm.share import ActorShare
 from dreal_timm.taylor import TaylorMeasure
 from dreal_timm.trainable import DrealTrainableModule
 
-__all__ = ['ACTORS', 'DrealTask']
+__all__ = ['DrealTask']
 
 _logger = logging.getLogger(__name__)
-
-
-ACTORS = ('critic', 'direct')
-
-
-def _check_options(
-        model: nn.Module,
-        actor_weight: float,
-        probe: str,
-        probe_dtype: str | torch.dtype | None,
-        taylor_target: str | None,
-        taylor_sites: str,
-        actor: str,
-        actor_start: int,
-        standardized: bool,
-) -> None:
-    if not 0 <= actor_weight < math.inf:
-        raise ValueError(f'actor_weight must be 0 or more, got {actor_weight}.')
-    if probe not in (*PROBES, 'taylor'):
-        raise ValueError(f"Unknown probe '{probe}', expected one of {sorted([*PROBES, 'taylor'])}.")
-    if probe == 'taylor' and probe_dtype is not None:
-        raise ValueError("probe_dtype is for counterfactual passes; probe='taylor' makes none.")
-    if probe != 'taylor':
-        for name, asked in (
-            ('taylor_target', taylor_target is not None), ('taylor_sites', taylor_sites != 'all'),
-            ("actor='direct'", actor == 'direct'),
-        ):
-            if asked:
-                raise ValueError(f"{name} is for probe='taylor', not for probe='{probe}'.")
-    if actor not in ACTORS:
-        raise ValueError(f"actor must be one of {', '.join(ACTORS)}, got '{actor}'.")
-    if actor == 'direct' and standardized:
-        raise ValueError("actor='direct' raises rewards themselves, whose sum standardized ones would not change.")
-    if not isinstance(actor_start, int) or actor_start < 0:
-        raise ValueError(f'actor_start must be a number of epochs, 0 or more, got {actor_start!r}.')
-    if probe_dtype not in (None, 'float32', torch.float32):
-        raise ValueError(f"probe_dtype must be None or 'float32', got {probe_dtype!r}.")
-    if probe_dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        raise ValueError("probe_dtype='float32' needs a network with float32 weights, under autocast.")
-    if isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'):
-        raise ValueError('Pass the plain network; compile() and prepare_distributed() are methods of the task.')
-    check_probeable(model)
 
 
 class DrealTask(ClassificationTask):
@@ -177,7 +135,7 @@ class DrealTask(ClassificationTask):
             actor_share: float | None = None,
     ):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        _check_options(
+        check_options(
             model, actor_weight, probe, probe_dtype, taylor_target, taylor_sites, actor, actor_start,
             reward_standardized)
         self.rule = RewardRule(gamma, reward_clip, reward_form, wrong_samples, reward_standardized)
@@ -337,7 +295,8 @@ class DrealTask(ClassificationTask):
         """Compile train and eval entry points; draws and probes stay outside.
 
         With inductor the train entry point draws random numbers as eager mode does (`fallback_random`), so that a
-        probe can draw the same dropout masks again.
+        probe can draw the same dropout masks again. `actor_share` looks at a gradient before the backward pass, for
+        which compiled backward passes of this process keep their buffers (functorch's `donated_buffer` is off).
         """
         if isinstance(self.trainable_module, DistributedDataParallel):
             raise RuntimeError('compile() must come before prepare_distributed().')
@@ -347,6 +306,8 @@ class DrealTask(ClassificationTask):
             options = torch._inductor.list_mode_options(mode) if mode is not None else {}
             options = {**options, **compile_kwargs.pop('options', {}), 'fallback_random': True}
             compile_kwargs, mode = {**compile_kwargs, 'options': options}, None
+        if self.share is not None and hasattr(torch._functorch.config, 'donated_buffer'):
+            torch._functorch.config.donated_buffer = False
         self.measure.compiled = True
         self.trainable_module = cast(
             nn.Module, torch.compile(trainable, backend=backend, mode=mode, **compile_kwargs))

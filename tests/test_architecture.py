@@ -11,7 +11,7 @@ import dreal_timm
 ROOT = Path(dreal_timm.__file__).parent
 CORE = {
     'readers', 'gates', 'overrides', 'attention', 'capture', 'critic', 'draws', 'flow', 'losses', 'measure', 'norms',
-    'passes', 'probe', 'restart', 'reward', 'rotation', 'share', 'task', 'taylor', 'trainable',
+    'options', 'passes', 'probe', 'restart', 'reward', 'rotation', 'share', 'task', 'taylor', 'trainable',
 }
 ALLOWED = {
     'version': set(),
@@ -37,9 +37,10 @@ ALLOWED = {
     'trainable': {'readers', 'attention', 'capture', 'critic', 'norms', 'restart', 'rotation'},
     'measure': {'attention', 'draws', 'passes', 'probe', 'reward', 'trainable'},
     'taylor': {'attention', 'measure', 'passes', 'reward', 'trainable'},
+    'options': {'norms', 'probe'},
     'task': {
-        'readers', 'attention', 'critic', 'flow', 'losses', 'measure', 'norms', 'probe', 'reward', 'rotation', 'share',
-        'taylor', 'trainable',
+        'readers', 'attention', 'critic', 'flow', 'losses', 'measure', 'options', 'probe', 'reward', 'rotation',
+        'share', 'taylor', 'trainable',
     },
     'data': {'errors'},
     'audit': CORE | {'layers', 'models', 'data', 'hub', 'errors', 'version'},

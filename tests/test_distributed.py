@@ -3,6 +3,7 @@ import os
 import socket
 from contextlib import nullcontext
 
+import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_batch, make_model
@@ -58,11 +59,11 @@ def _worker(rank: int, port: int, path: str, probe: str) -> None:
     dist.destroy_process_group()
 
 
-def _training_worker(rank: int, port: int, path: str, probe: str) -> None:
+def _training_worker(rank: int, port: int, path: str, probe: str, options: dict) -> None:
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=2)
-    task = DrealTask(make_model('cbam'), verbose=False, input_size=(3, 48, 48), rotate='step', probe=probe)
+    task = DrealTask(make_model('cbam'), verbose=False, input_size=(3, 48, 48), rotate='step', probe=probe, **options)
     task.prepare_distributed()
     module = task.get_trainable_module()
     module.train()
@@ -85,9 +86,12 @@ def _training_worker(rank: int, port: int, path: str, probe: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_train(tmp_path, probe):
+@pytest.mark.parametrize(('probe', 'options'), [
+    ('exact', {}), ('split', {}), ('taylor', {}), ('split', {'actor_share': 0.3, 'critic_standardized': True}),
+    ('taylor', {'actor': 'direct', 'actor_share': 0.3, 'wrong_samples': 'measure', 'reward_form': 'log'})])
+def test_two_processes_train(tmp_path, probe, options):
     """With batch norm in training mode and no_sync, both processes keep equal weights; so they do in eval mode."""
-    torch.multiprocessing.spawn(_training_worker, args=(_free_port(), str(tmp_path), probe), nprocs=2)
+    torch.multiprocessing.spawn(_training_worker, args=(_free_port(), str(tmp_path), probe, options), nprocs=2)
     first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
     assert first['rotation'] == second['rotation'] == {'epoch': 0, 'step': 4, 'steps_in_epoch': 4}
     for kind in ('parameters', 'grads'):

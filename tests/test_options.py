@@ -342,6 +342,25 @@ def test_a_short_training(kwargs):
     assert all(p.isfinite().all() for p in task.get_trainable_module().parameters())
 
 
+@pytest.mark.filterwarnings('ignore')  # of the compiler's own
+@pytest.mark.parametrize('kwargs', [
+    dict(actor_share=0.3), dict(probe='taylor', actor='direct'), dict(probe='taylor', actor='direct', actor_share=0.3),
+    dict(critic_standardized=True, reward_standardized=True, wrong_samples='exclude')])
+def test_compiled(kwargs):
+    """A compiled task has the gradients of an eager one, over several steps."""
+    model, input, target = case()
+    eager, compiled = (make_task(copy.deepcopy(model), **kwargs) for _ in range(2))
+    compiled.compile(backend='aot_eager')
+    for _ in range(3):
+        for task in (eager, compiled):
+            task.zero_grad()
+            task(input, target)['loss'].backward()
+    ours, theirs = (gradients(task.get_eval_model()) for task in (eager, compiled))
+    for name, gradient in ours.items():
+        torch.testing.assert_close(
+            theirs.get(name, theirs.get(f'_orig_mod.{name}')), gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize(('kwargs', 'message'), [
     (dict(reward_form='sum'), 'reward_form'), (dict(wrong_samples='drop'), 'wrong_samples'),
     (dict(actor='self'), 'actor'), (dict(actor='direct'), 'taylor'), (dict(taylor_sites='drawn'), 'taylor_sites'),

@@ -5,8 +5,8 @@ A key is one row. What a row's value is passed to stands in `build.py`, `dataset
 from typing import Any
 
 from dreal_timm.critic import CELLS
+from dreal_timm.options import ACTORS
 from dreal_timm.reward import FORMS, WRONG
-from dreal_timm.task import ACTORS
 from dreal_timm.taylor import TAYLOR_SITES
 from dreal_timm.train.keys import Key
 
