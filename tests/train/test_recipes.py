@@ -149,7 +149,7 @@ def test_the_protocol_of_the_paper(photos, tmp_path, name, attention):
     assert state.task.criterion.label_smoothing == 0.0
     assert all(norm.weight.detach().min() == 1 for norm in state.model.modules() if isinstance(norm, nn.BatchNorm2d)
                and norm.weight.numel() > 1)  # zero_init_last=False
-    assert (state.task.actor_weight, state.task.measure.gamma) == (1.0, 1.0)
+    assert (state.task.actor_weight, state.task.measure.rule.gamma) == (1.0, 1.0)
 
 
 @pytest.mark.filterwarnings('ignore:.*lr_scheduler.*')
