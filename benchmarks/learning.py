@@ -189,9 +189,10 @@ def main() -> None:
     header = report.begin(args, torch.device(args.device))
     settings = {key: getattr(args, key) for key in _SETTINGS}
     folder.mkdir(parents=True, exist_ok=True)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     plan = [
         (folder / _file(name, weight, seed), name, weight, seed)
-        for seed in range(args.first_seed, args.first_seed + args.seeds)
+        for seed in seeds
         for name in args.forms
         for weight in ([None] if args.weights is None or name == 'plain' else args.weights)]
     told = {'versions': header['versions'], 'machine': header['machine']}
@@ -202,8 +203,9 @@ def main() -> None:
         for number, line in enumerate(pool.map(_train, jobs), 1):
             print(f'{number}/{len(jobs)} {line}', flush=True)
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
-    rows = table([r for r in runs if all(r[key] == value for key, value in settings.items())])
+    runs = [r for r in runs if r['seed'] in seeds and all(r[key] == value for key, value in settings.items())]
     header['made_on'] = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in runs})
+    rows = table(runs)
     order = {(name, weight): number for number, (_, name, weight, _) in enumerate(plan)}
     rows.sort(key=lambda row: order.get((row['form'], row['weight']), len(order)))
     for row in rows:
