@@ -118,10 +118,10 @@ def _measure(network: Any, source: str, data_dir: str, dataset: str, split: str)
     """Validate a classifier, or evaluate an embedding network as its training did."""
     from dreal_timm.models.reid import ReidNetwork
     if isinstance(network, ReidNetwork):
-        from dreal_timm.reid import open_reid
-        from dreal_timm.reid.evaluation import evaluate_network, settings_of
-        data = open_reid(data_dir, dataset.removeprefix('reid/'))
-        return evaluate_network(network, data, **settings_of(source))[0]
+        from dreal_timm.reid.evaluation import evaluate_network, open_checked, settings_of
+        options = settings_of(source)
+        data = open_checked(data_dir, dataset.removeprefix('reid/'), options.get('camera_rule', 'exclude'))
+        return evaluate_network(network, data, **options)[0]
     from dreal_timm.train.validate import measure
     return measure(network, data_dir, dataset, split)
 

@@ -181,13 +181,13 @@ def evaluate_features(
     if multi_query:
         query, pids, camids = pooled_queries(query, data, extra)
         known = torch.tensor([image.camid for image in data.gallery], dtype=torch.int64, device=query.device)
-        # a pooled query is no file of the gallery
-        camids, known = (camids, known) if camera_rule == 'exclude' else (camids * 0 - 1, known * 0)
     else:
         pids = _pids(data.query, query.device)
+        # with 'ignore' it is the query's own file that is left out, as if each file were a camera
         camids, known = _origins(data, data.query, camera_rule, query.device)
+        camera_rule = 'exclude'
     blocks = rerank(query, gallery, metric=metric) if reranked else distance_blocks(query, gallery, metric)
-    found = score(blocks, pids, gallery_pids, camids, known).summary()
+    found = score(blocks, pids, gallery_pids, camids, known, camera_rule).summary()
     return {'mAP': found.pop('mAP'), **found}
 
 
@@ -208,16 +208,14 @@ def evaluate_network(
     Args:
         network: A network of timm, which is moved to the device and put into evaluation mode. An embedding network
             loses its classifier.
-        data: The data set.
+        data: The data set, from `open_checked`.
 
     Returns:
         Results, and the features of queries and gallery.
     """
     model: Any = network
-    check_answers(data, camera_rule)
     asked = data.extra if multi_query else []
     images = [*data.query, *data.gallery, *asked]
-    check_images(images)
     if isinstance(model, ReidNetwork):
         model.reset_classifier(0)  # as it is exported
     digest = weights_digest(model.state_dict())
@@ -282,7 +280,7 @@ def open_checked(directory: str | Path, layout: str = '', camera_rule: str = 'ex
     """
     data = open_reid(directory, layout)
     check_answers(data, camera_rule)
-    check_images([*data.query, *data.gallery])
+    check_images([*data.query, *data.gallery, *data.extra])
     return data
 
 

@@ -71,7 +71,7 @@ def origin(image: ReidImage, camera_rule: str) -> int | Path:
 
 
 def image_files(folder: Path, deep: bool = False) -> list[Path]:
-    """Return the images of a folder by their names' endings, sorted; hidden files are none.
+    """Return the images of a folder by their names' endings, sorted; hidden ones are none.
 
     Args:
         folder: The folder.
@@ -84,8 +84,8 @@ def image_files(folder: Path, deep: bool = False) -> list[Path]:
         raise FileNotFoundError(f"'{folder}' is missing.")
     paths = folder.rglob('*') if deep else folder.iterdir()
     return sorted(
-        path for path in paths
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith('.') and path.is_file())
+        path for path in paths if path.suffix.lower() in _SUFFIXES and path.is_file()
+        and not any(part.startswith('.') for part in path.relative_to(folder).parts))
 
 
 def _named(folder: Path) -> tuple[list[ReidImage], int]:

@@ -25,6 +25,7 @@ from dreal_timm.reid.evaluation import (
     evaluate_network,
     extract_features,
     feature_loader,
+    open_checked,
 )
 from dreal_timm.reid.images import ReidSet, check_images
 from dreal_timm.reid.layouts import LAYOUTS
@@ -227,6 +228,6 @@ def _validate(
 def measure_identities(network: nn.Module, config: SimpleNamespace, device: torch.device) -> dict[str, Any]:
     """Evaluate a network on the data of a configuration, by this process alone, for the card of an export."""
     return evaluate_network(
-        network, open_reid(config.data_dir, _layout(config.dataset)), config.dreal.dist_metric,
-        config.dreal.camera_rule, config.dreal.flip_test, batch_size=config.batch_size, workers=config.workers,
-        device=device)[0]
+        network, open_checked(config.data_dir, _layout(config.dataset), config.dreal.camera_rule),
+        config.dreal.dist_metric, config.dreal.camera_rule, config.dreal.flip_test, batch_size=config.batch_size,
+        workers=config.workers, device=device)[0]

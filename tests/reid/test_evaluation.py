@@ -345,6 +345,8 @@ def test_search_in_a_folder_of_all_sorts(crowd, exported, tmp_path, caplog):
         (folder / f'{number}.png').write_bytes(path.read_bytes())
     (folder / 'notes.pdf').write_bytes(b'%PDF')
     (folder / '._0.png').write_bytes(b'of a file manager')
+    (folder / '.thumbs').mkdir()
+    (folder / '.thumbs' / '0.png').write_bytes((folder / '0.png').read_bytes())
     (folder / 'broken.png').write_bytes((folder / '0.png').read_bytes()[:200])
     found = search(exported, [folder / '0.png'], folder, workers=0)
     assert sorted(path.name for path in found[0].found) == ['0.png', '1.png', '2.png', '3.png']
