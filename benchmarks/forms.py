@@ -1,9 +1,9 @@
 """Forms of the reward and of its use that the study compares, and the controls whose rewards carry no knowledge
 
-A name is FORM, FORM/shuffled or FORM/random. `plain` is timm's ClassificationTask, `cal` the counterfactual loss of
-`Counterfactual Attention Learning for Fine-Grained Visual Categorization and Re-identification` (ICCV 2021) -
-https://arxiv.org/abs/2108.08728, the nearest competitor. All others are options of `DrealTask`; those of the paper are
-`literal`.
+A name is FORM, FORM/shuffled or FORM/random; FORM@1 (FORM@1/shuffled) leaves L_q out for an epoch. `plain` is timm's
+ClassificationTask, `cal` the counterfactual loss of `Counterfactual Attention Learning for Fine-Grained Visual
+Categorization and Re-identification` (ICCV 2021) - https://arxiv.org/abs/2108.08728, the nearest competitor. All others
+are options of `DrealTask`; those of the paper are `literal`.
 """
 from contextlib import ExitStack
 from typing import Any
@@ -129,13 +129,16 @@ def _random_map(attention: torch.Tensor) -> torch.Tensor:
     return torch.rand_like(attention) * 2 * attention.detach().mean(dims, keepdim=True)
 
 
-def check_name(name: str) -> None:
-    """Raise a ValueError if there is no such form."""
-    form, _, control = name.partition('/')
-    if form not in ('plain', 'cal', *FORMS) or (control and (control not in CONTROLS or form not in FORMS)):
+def split_name(name: str) -> tuple[str, dict[str, Any], str]:
+    """Return form, options beside its own, and control of a name; raise a ValueError if there is no such form."""
+    first, _, control = name.partition('/')
+    form, at, start = first.partition('@')
+    if form not in ('plain', 'cal', *FORMS) or control not in ('', *CONTROLS) or (at and not start.isdigit()) or (
+            form not in FORMS and (at or control)):
         raise ValueError(
-            f"Unknown form '{name}', expected one of plain, cal, {', '.join(FORMS)}, the latter also with "
-            f"{' or '.join(f'/{control}' for control in CONTROLS)}.")
+            f"Unknown form '{name}', expected one of plain, cal, {', '.join(FORMS)}, those after cal also with @EPOCHS "
+            f"or {' or '.join(f'/{control}' for control in CONTROLS)}.")
+    return form, {'actor_start': int(start)} if at else {}, control
 
 
 def make_task(
@@ -149,18 +152,17 @@ def make_task(
 
     Args:
         model: The network.
-        name: FORM, FORM/shuffled or FORM/random.
+        name: FORM, FORM@EPOCHS, and either with /shuffled or /random.
         seed: Seed of critic, draw of sites and control.
         device: Device of the network.
         weight: actor_weight (of CAL, the weight of its loss) in place of the form's own.
     """
-    check_name(name)
-    form, _, control = name.partition('/')
+    form, options, control = split_name(name)
     if form == 'plain':
         return ClassificationTask(model, device=device, verbose=False)
     if form == 'cal':
         return CounterfactualTask(model, 1.0 if weight is None else weight, device=device, verbose=False)
-    options = FORMS[form] if weight is None else {**FORMS[form], 'actor_weight': weight}
+    options = {**FORMS[form], **options, **({} if weight is None else {'actor_weight': weight})}
     task = DrealTask(model, device=device, verbose=False, input_size=fashion.SIZE, seed=seed, **options)
     if control:
         task.measure = Control(task.measure, control, seed)

@@ -53,7 +53,7 @@ _OPEN: dict[str, fashion.ImageSet] = {}  # of this process
 def split_name(name: str) -> tuple[str, float]:
     """Return the form and how many times as many steps it has."""
     form, _, stretch = name.partition('*')
-    forms.check_name(form)
+    forms.split_name(form)
     return form, float(stretch) if stretch else 1.0
 
 
@@ -112,8 +112,9 @@ def run(name: str, weight: float | None, seed: int, settings: Mapping[str, Any],
 
 
 def table(runs: Sequence[dict]) -> list[dict]:
-    """Compare every form and weight with plain training and with its own control, by paired seeds."""
+    """Compare every form and weight by paired seeds: with plain training, also of more steps, and with its control."""
     found = {(r['form'], r['weight'], r['seed']): r for r in runs}
+    longer = dict.fromkeys((r['form'], None) for r in runs if r['form'].startswith('plain*'))
     rows = []
     for name, weight in dict.fromkeys((r['form'], r['weight']) for r in runs):
         seeds = sorted(r['seed'] for r in runs if (r['form'], r['weight']) == (name, weight))
@@ -125,10 +126,13 @@ def table(runs: Sequence[dict]) -> list[dict]:
             'saturated': statistics.mean(g['saturated'] for r in own for g in r['gates'].values()) if own[0].get(
                 'gates') else None,
         }
-        for other, key in (('plain', ('plain', None)), ('shuffled', (f'{name}/shuffled', weight))):
+        others = [('plain', ('plain', None)), ('shuffled', (f'{name}/shuffled', weight))]
+        others += [('longer', key) for key in longer if not name.startswith('plain')]
+        for other, key in others:
             pairs = [r['top1'] - found[(*key, r['seed'])]['top1'] for r in own if (*key, r['seed']) in found]
             if pairs and key != (name, weight):
                 row[f'minus_{other}'], row[f'minus_{other}_95'] = report.interval(pairs)
+                row[f'minus_{other}_seeds'] = len(pairs)
         rows.append(row)
     return rows
 
@@ -138,9 +142,11 @@ def _tell(row: dict) -> str:
     text = f"{name:28} {row['top1']:.2f}% in {row['seconds']:4.0f} s, {row['seeds']} seeds"
     if row['saturated'] is not None:
         text += f", {100 * row['saturated']:3.0f}% saturated"
-    for other in ('plain', 'shuffled'):
+    for other in ('plain', 'shuffled', 'longer'):
         if f'minus_{other}' in row:
             text += f"  minus {other} {row[f'minus_{other}']:+.2f} +- {row[f'minus_{other}_95']:.2f}"
+            if row[f'minus_{other}_seeds'] < row['seeds']:
+                text += f" ({row[f'minus_{other}_seeds']} seeds)"
     return text
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / 'benchmarks'))
 import fashion
 import forms
 import learning
+import learning_figure
 import report
 import reward_signal
 
@@ -112,11 +113,24 @@ def test_every_form_takes_two_steps(name):
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.get_trainable_module().parameters())
 
 
-@pytest.mark.parametrize('name', ['plane', 'plain/shuffled', 'taylor/sorted', 'cal/random'])
+@pytest.mark.parametrize('name', ['plane', 'plain/shuffled', 'taylor/sorted', 'cal/random', 'plain@1', 'taylor@x'])
 def test_forms_that_are_not_there(name):
     """A form or control that is not known is an error that lists those that are."""
     with pytest.raises(ValueError, match='expected one of plain, cal, literal'):
-        forms.check_name(name)
+        forms.split_name(name)
+
+
+def test_forms_that_begin_later():
+    """FORM@1 is the form without L_q for an epoch, its control as well."""
+    late = forms.make_task(fashion.network('se', 0.25, 0), 'literal@1/shuffled', 0, CPU)
+    assert isinstance(late, DrealTask) and isinstance(late.measure, forms.Control)
+    images = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    for weight in (0, 1):
+        late.get_trainable_module().train()  # an epoch begins
+        result = late(images, torch.arange(8))
+        rest = result['loss'] - result['class_loss'] - result['critic_loss']
+        assert result['actor_loss'] != 0
+        torch.testing.assert_close(rest.detach(), weight * result['actor_loss'], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('n', [2, 3, 8, 30, 41])
@@ -135,11 +149,14 @@ def test_table_by_hand():
 
     rows = {row['form']: row for row in learning.table([
         made('plain', 0, 80.0), made('plain', 1, 90.0), made('taylor', 0, 82.0), made('taylor', 1, 91.0),
-        made('taylor/shuffled', 0, 81.0), made('taylor/shuffled', 1, 92.0), made('cal', 1, 95.0)])}
+        made('taylor/shuffled', 0, 81.0), made('taylor/shuffled', 1, 92.0), made('cal', 1, 95.0),
+        made('plain*1.2', 1, 90.5)])}
     assert rows['taylor']['minus_plain'] == 1.5
     assert rows['taylor']['minus_shuffled'] == 0.0
     assert rows['taylor']['minus_plain_95'] == pytest.approx(12.706 * math.sqrt(0.5) / math.sqrt(2), rel=1e-4)
     assert rows['cal']['minus_plain'] == 5.0 and rows['cal']['seeds'] == 1
+    assert rows['taylor']['minus_longer'] == 0.5 and rows['taylor']['minus_longer_seeds'] == 1  # of the shared seed
+    assert rows['plain*1.2']['minus_plain'] == 0.5 and 'minus_longer' not in rows['plain*1.2']
     assert rows['plain']['seconds'] == 15.0 and 'minus_plain' not in rows['plain']
 
 
@@ -191,3 +208,22 @@ def test_directions_are_gradients():
     told = reward_signal.steps_along(task, data, data, 1e-3, 0)
     assert told['steps']['class']['same']['loss'] < 0
     assert told['steps']['direct']['same']['gain'] > told['steps']['random']['same']['gain']
+
+
+def test_figure_of_the_tables(tmp_path):
+    """A block for each study, in it a point and an interval for each difference that its table has."""
+    rows = [
+        {'form': 'plain', 'seeds': 4},
+        {'form': 'taylor', 'seeds': 4, 'minus_plain': 0.3, 'minus_plain_95': 0.2, 'minus_shuffled': -0.1,
+         'minus_shuffled_95': 0.4},
+        {'form': 'cal', 'seeds': 3, 'minus_plain': -1.0, 'minus_plain_95': 0.5}]
+    figure = learning_figure.draw({'first': rows, 'second': rows[:2]})
+    first, second = figure.axes
+    (points, _, (bars,)), (hollow, _, _) = first.containers
+    assert points.get_xdata().tolist() == [0.3, -1.0] and hollow.get_xdata().tolist() == [-0.1]
+    ends = [segment[:, 0].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx([0.1, 0.5]), pytest.approx([-1.5, -0.5])]
+    assert [label.get_text() for label in first.get_yticklabels()] == ['taylor  (4)', 'cal  (3)']
+    assert len(second.get_yticks()) == 1 and second.get_title('left') == 'second'
+    figure.savefig(tmp_path / 'figure.png')
+    assert (tmp_path / 'figure.png').stat().st_size > 1000
