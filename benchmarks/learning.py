@@ -31,6 +31,12 @@ _EVERY = [
     'capacity-inputs', 'warmup', 'share', 'inputs-share', 'capacity-inputs-share', 'direct', 'direct-share',
     'direct-log-share', 'direct-log-full', 'cal',
 ]
+# forms that begin with the first epoch, and two controls, to begin after it
+_LATE = [f'{name}@1' for name in _EVERY if name in forms.FORMS and 'actor_start' not in forms.FORMS[name]]
+_LATE += ['taylor@1/shuffled', 'direct-log-full@1/shuffled']
+# the form that the screening chose, and its control
+_CHOSEN = ['direct-log-full', 'direct-log-full/shuffled']
+_FOUR = ['plain', 'literal', *_CHOSEN]
 # what is run, by the name of the study; docs/evidence.md says why
 STUDIES: dict[str, dict[str, Any]] = {
     'minutes': dict(images=2_000, epochs=2, seeds=2, forms=['plain', 'taylor', 'taylor/shuffled']),
@@ -38,10 +44,11 @@ STUDIES: dict[str, dict[str, Any]] = {
         images=10_000, epochs=5, seeds=6, weights=[0.03, 0.1, 0.3, 1.0],
         forms=['plain', 'literal', 'split', 'taylor', 'taylor/shuffled']),
     'screen': dict(images=10_000, epochs=5, seeds=6, first_seed=100, forms=_EVERY),
-    'primary': dict(images=10_000, epochs=5, seeds=30, first_seed=1000, forms=['plain']),
-    'letters': dict(set='letters', images=7_200, epochs=16, seeds=8, first_seed=2000, forms=['plain']),
-    'few': dict(images=2_000, epochs=25, seeds=8, first_seed=2000, forms=['plain']),
-    'all': dict(images=60_000, epochs=5, seeds=8, first_seed=2000, forms=['plain']),
+    'primary': dict(images=10_000, epochs=5, seeds=60, first_seed=1000, forms=['plain', *_CHOSEN]),
+    'late': dict(images=10_000, epochs=5, seeds=8, first_seed=3000, forms=['plain', *_LATE]),
+    'letters': dict(set='letters', images=7_200, epochs=16, seeds=8, first_seed=2000, forms=_FOUR),
+    'few': dict(images=2_000, epochs=25, seeds=8, first_seed=2000, forms=_FOUR),
+    'all': dict(images=60_000, epochs=5, seeds=8, first_seed=2000, forms=_FOUR),
 }
 _DEFAULTS: dict[str, Any] = dict(
     set='fashion', attention='se', width=0.25, batch_size=128, lr=0.1, first_seed=0, weights=None)
