@@ -52,7 +52,7 @@ STUDIES: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS: dict[str, Any] = dict(
     set='fashion', attention='se', width=0.25, batch_size=128, lr=0.1, first_seed=0, weights=None)
-_SETTINGS = ('set', 'attention', 'images', 'epochs', 'width', 'batch_size', 'lr')
+SETTINGS = ('set', 'attention', 'images', 'epochs', 'width', 'batch_size', 'lr')
 
 _OPEN: dict[str, fashion.ImageSet] = {}  # of this process
 
@@ -144,7 +144,14 @@ def table(runs: Sequence[dict]) -> list[dict]:
     return rows
 
 
-def _tell(row: dict) -> str:
+def read(folder: Path, settings: Mapping[str, Any], seeds: Sequence[int]) -> list[dict]:
+    """Return the runs of a folder that have these settings and one of these seeds."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
+    return [r for r in runs if r['seed'] in seeds and all(r[key] == settings[key] for key in SETTINGS)]
+
+
+def tell(row: Mapping[str, Any]) -> str:
+    """Return a row of the table as a line."""
     name = row['form'] if row['weight'] is None else f"{row['form']} {row['weight']:g}"
     text = f"{name:28} {row['top1']:.2f}% in {row['seconds']:4.0f} s, {row['seeds']} seeds"
     if row['saturated'] is not None:
@@ -200,7 +207,7 @@ def main() -> None:
         torch.set_num_threads(1)  # a training each
     folder = args.output or report.RESULTS / 'learning' / f'{args.study}-{args.attention}'
     header = report.begin(args, torch.device(args.device))
-    settings = {key: getattr(args, key) for key in _SETTINGS}
+    settings = {key: getattr(args, key) for key in SETTINGS}
     folder.mkdir(parents=True, exist_ok=True)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     plan = [
@@ -215,14 +222,13 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         for number, line in enumerate(pool.map(_train, jobs), 1):
             print(f'{number}/{len(jobs)} {line}', flush=True)
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
-    runs = [r for r in runs if r['seed'] in seeds and all(r[key] == value for key, value in settings.items())]
+    runs = read(folder, settings, seeds)
     header['made_on'] = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in runs})
     rows = table(runs)
     order = {(name, weight): number for number, (_, name, weight, _) in enumerate(plan)}
     rows.sort(key=lambda row: order.get((row['form'], row['weight']), len(order)))
     for row in rows:
-        print(_tell(row))
+        print(tell(row))
     report.write(folder.with_suffix('.json'), header, rows)
 
 
