@@ -52,12 +52,12 @@ STUDIES: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS: dict[str, Any] = dict(
     set='fashion', attention='se', width=0.25, batch_size=128, lr=0.1, first_seed=0, weights=None)
-SETTINGS = ('set', 'attention', 'images', 'epochs', 'width', 'batch_size', 'lr')
+_SETTINGS = ('set', 'attention', 'images', 'epochs', 'width', 'batch_size', 'lr')
 
 _OPEN: dict[str, fashion.ImageSet] = {}  # of this process
 
 
-def split_name(name: str) -> tuple[str, float]:
+def split_stretch(name: str) -> tuple[str, float]:
     """Return the form and how many times as many steps it has."""
     form, _, stretch = name.partition('*')
     forms.split_name(form)
@@ -85,7 +85,7 @@ def gates(model: nn.Module, images: torch.Tensor) -> dict[str, dict[str, float]]
 
 def run(name: str, weight: float | None, seed: int, settings: Mapping[str, Any], folder: str, device: str) -> dict:
     """Train once; return the accuracy, and the seconds of training after every epoch."""
-    form, stretch = split_name(name)
+    form, stretch = split_stretch(name)
     kind, where = settings['set'], torch.device(device)
     if kind not in _OPEN:
         _OPEN[kind] = fashion.open_set(kind, Path(folder))
@@ -147,7 +147,7 @@ def table(runs: Sequence[dict]) -> list[dict]:
 def read(folder: Path, settings: Mapping[str, Any], seeds: Sequence[int]) -> list[dict]:
     """Return the runs of a folder that have these settings and one of these seeds."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
-    return [r for r in runs if r['seed'] in seeds and all(r[key] == settings[key] for key in SETTINGS)]
+    return [r for r in runs if r['seed'] in seeds and all(r[key] == settings[key] for key in _SETTINGS)]
 
 
 def tell(row: Mapping[str, Any]) -> str:
@@ -202,12 +202,12 @@ def main() -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in args.forms:
-        split_name(name)
+        split_stretch(name)
     if args.device == 'cpu':
         torch.set_num_threads(1)  # a training each
     folder = args.output or report.RESULTS / 'learning' / f'{args.study}-{args.attention}'
     header = report.begin(args, torch.device(args.device))
-    settings = {key: getattr(args, key) for key in SETTINGS}
+    settings = {key: getattr(args, key) for key in _SETTINGS}
     folder.mkdir(parents=True, exist_ok=True)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     plan = [

@@ -13,7 +13,11 @@ from matplotlib.figure import Figure
 
 from dreal_timm.audit.figures import COLORS, INK
 
-_MARKS = (('plain', COLORS[0], True), ('shuffled', COLORS[1], False))
+# what a form is compared with: label, marker, colour, colour within, place beside the row
+_MARKS = {
+    'plain': ('minus plain', 'o', COLORS[0], COLORS[0], -0.14),
+    'shuffled': ('minus its control, shuffled', 's', COLORS[1], 'none', 0.14),
+}
 _ROW = 0.2  # height, inches
 
 
@@ -32,14 +36,12 @@ def draw(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     for axis, (title, rows) in zip(axes, blocks.items(), strict=True):
         axis.patch.set_alpha(0)
         axis.axvline(0, color=INK, lw=0.8)
-        for (other, color, filled), shift in zip(_MARKS, (-0.14, 0.14), strict=True):
+        for other, (label, marker, color, within, shift) in _MARKS.items():
             known = [(y, row) for y, row in enumerate(rows) if f'minus_{other}' in row]
-            if known:
-                axis.errorbar(
-                    [row[f'minus_{other}'] for _, row in known], [y + shift for y, _ in known],
-                    xerr=[row[f'minus_{other}_95'] for _, row in known], fmt='o' if filled else 's', color=color,
-                    mfc=color if filled else 'none', ms=3.5, lw=1.2,
-                    label=f"minus {'plain' if filled else 'its control, shuffled'}")
+            axis.errorbar(
+                [row[f'minus_{other}'] for _, row in known], [y + shift for y, _ in known],
+                xerr=[row[f'minus_{other}_95'] for _, row in known], fmt=marker, color=color, mfc=within, ms=3.5,
+                lw=1.2, label=label)
         axis.set_yticks(range(len(rows)), [f"{row['form']}  ({row['seeds']})" for row in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_title(title, color=INK, fontsize=9, loc='left')
@@ -49,8 +51,9 @@ def draw(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             spine.set_visible(side == 'bottom')
             spine.set_color(INK)
     axes[-1].set_xlabel('difference in top-1 accuracy, points (paired seeds in brackets)', color=INK, fontsize=9)
-    handles, labels = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[0]))
-    figure.legend(handles, labels, loc='outside upper right', ncols=2, frameon=False, fontsize=8, labelcolor=INK)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc='outside upper right', ncols=2, frameon=False, fontsize=8,
+        labelcolor=INK)
     return figure
 
 
@@ -63,12 +66,13 @@ def title_of(settings: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('studies', nargs='+', help='such as primary-se: tables in benchmarks/results/learning')
+    tables = {path.stem: path for path in sorted((report.RESULTS / 'learning').glob('*.json'))}
+    parser.add_argument('studies', nargs='+', choices=tables, help='tables of benchmarks/results/learning')
     parser.add_argument('--output', type=Path, required=True, help='a PNG, SVG or PDF')
     args = parser.parse_args()
     studies = {}
     for name in args.studies:
-        found = json.loads((report.RESULTS / 'learning' / f'{name}.json').read_text())
+        found = json.loads(tables[name].read_text())
         studies[title_of(found['settings'])] = found['rows']
     draw(studies).savefig(args.output, dpi=150)
     print(f'written: {args.output}')
