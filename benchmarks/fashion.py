@@ -14,6 +14,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.task import TrainingTask
 from torch import nn
+from torchvision.datasets import FashionMNIST
 
 from dreal_timm.data.fashion_mnist import DEBIAN_FILES
 from dreal_timm.data.glyphs import draw_letters
@@ -32,21 +33,40 @@ class ImageSet:
     mirrored: bool
 
 
-def load(folder: Path = DEBIAN_FILES) -> dict[str, Data]:
-    """Read images (N, 1, 32, 32), normalised, and labels (N,), of the training and the test split.
+def files(folder: Path) -> dict[str, Path]:
+    """Return the files of Fashion-MNIST by their names in it, packed or not; raise a FileNotFoundError for one missing.
 
     Args:
-        folder: Folder with the four gz files; Debian's package dataset-fashion-mnist by default.
+        folder: Folder that `dreal-timm data fashion-mnist` or torchvision wrote, or one with the four gz files, such as
+            that of Debian's package dataset-fashion-mnist.
     """
+    raw = folder / 'FashionMNIST' / 'raw'
+    found = {}
+    for packed, _ in FashionMNIST.resources:
+        name = packed.removesuffix('.gz')
+        paths = [path for path in (raw / name, raw / packed, folder / packed) if path.is_file()]
+        if not paths:
+            raise FileNotFoundError(
+                f"No '{packed}' in '{folder}': `dreal-timm data fashion-mnist DIR` gets it, and --data DIR reads it.")
+        found[name] = paths[0]
+    return found
+
+
+def load(folder: Path = DEBIAN_FILES) -> dict[str, Data]:
+    """Read images (N, 1, 32, 32), normalised, and labels (N,), of the training and the test split; see `files`."""
+    found = files(folder)
+
+    def read(name: str, offset: int) -> torch.Tensor:
+        path = found[name]
+        content = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
+        return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=offset).copy())
+
     splits = {}
     for split, prefix in (('train', 'train'), ('test', 't10k')):
-        with gzip.open(folder / f'{prefix}-images-idx3-ubyte.gz') as file:
-            pixels = np.frombuffer(file.read(), dtype=np.uint8, offset=16).reshape(-1, 1, 28, 28)
-        with gzip.open(folder / f'{prefix}-labels-idx1-ubyte.gz') as file:
-            labels = np.frombuffer(file.read(), dtype=np.uint8, offset=8)
-        images = (torch.from_numpy(pixels.copy()).float() / 255 - MEAN) / STD
+        pixels = read(f'{prefix}-images-idx3-ubyte', 16).view(-1, 1, 28, 28)
+        images = (pixels.float() / 255 - MEAN) / STD
         images = nn.functional.pad(images, (2, 2, 2, 2), value=-MEAN / STD)
-        splits[split] = images, torch.from_numpy(labels.copy()).long()
+        splits[split] = images, read(f'{prefix}-labels-idx1-ubyte', 8).long()
     return splits
 
 

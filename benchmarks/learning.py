@@ -201,14 +201,11 @@ def main() -> None:
     for name, value in {**_DEFAULTS, **STUDIES[args.study]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in args.forms:
-        split_stretch(name)
     if args.device == 'cpu':
         torch.set_num_threads(1)  # a training each
     folder = args.output or report.RESULTS / 'learning' / f'{args.study}-{args.attention}'
     header = report.begin(args, torch.device(args.device))
     settings = {key: getattr(args, key) for key in _SETTINGS}
-    folder.mkdir(parents=True, exist_ok=True)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     plan = [
         (folder / _file(name, weight, seed), name, weight, seed)
@@ -219,10 +216,20 @@ def main() -> None:
     jobs = [
         (*job, settings, str(args.data), args.device, told) for job in plan
         if not job[0].exists() and not args.table_only]
+    try:
+        for name in args.forms:
+            split_stretch(name)
+        if jobs and args.set == 'fashion':
+            fashion.files(args.data)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         for number, line in enumerate(pool.map(_train, jobs), 1):
             print(f'{number}/{len(jobs)} {line}', flush=True)
     runs = read(folder, settings, seeds)
+    if not runs:
+        parser.error(f"no runs of these settings and seeds in '{folder}'")
     header['made_on'] = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in runs})
     rows = table(runs)
     order = {(name, weight): number for number, (_, name, weight, _) in enumerate(plan)}

@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument('--batches', type=int, default=8, help='batches to measure on')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--reinforced', action='store_true', help='train with probe split, not plainly')
-    parser.add_argument('--data', type=Path, default=fashion.DEBIAN_FILES, help='folder with the four gz files')
+    parser.add_argument('--data', type=Path, default=fashion.DEBIAN_FILES, help='folder of Fashion-MNIST')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path)
     args = parser.parse_args()

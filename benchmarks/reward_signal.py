@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, default=128)
     parser.add_argument('--lr', type=float, default=0.1)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--data', type=Path, default=fashion.DEBIAN_FILES)
+    parser.add_argument('--data', type=Path, default=fashion.DEBIAN_FILES, help='folder of Fashion-MNIST')
     parser.add_argument('--output', type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)

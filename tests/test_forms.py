@@ -1,5 +1,7 @@
 """The study's own parts: controls that carry no knowledge, CAL's loss, intervals and the table"""
+import gzip
 import math
+import struct
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from oracle import map_by_hand
 from scipy import stats
 from timm.layers import SEModule
 from torch.nn.functional import cross_entropy
+from torchvision.datasets import FashionMNIST
 
 from dreal_timm import DrealTask
 
@@ -173,6 +176,45 @@ def test_a_run_is_resumed_and_paired(tmp_path, monkeypatch, capsys):
     longer = learning.run('plain*1.5', None, 0, settings, '', 'cpu')
     assert [row['steps'] for row in longer['curve']] == [2, 4, 6]
     assert 0 <= first['gates']['layer1_channel']['saturated'] <= 1
+
+
+def test_files_of_fashion_mnist(tmp_path):
+    """Read where our command or torchvision writes them, and packed as Debian has them; one missing is an error."""
+    generator = torch.Generator().manual_seed(0)
+    folders = {'raw': tmp_path / 'written' / 'FashionMNIST' / 'raw', 'packed': tmp_path / 'packed'}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    for prefix, n in (('train', 6), ('t10k', 4)):
+        pixels = torch.randint(256, (n, 28, 28), dtype=torch.uint8, generator=generator).numpy().tobytes()
+        for name, content in (
+            ('images-idx3', struct.pack('>4i', 2051, n, 28, 28) + pixels),
+            ('labels-idx1', struct.pack('>2i', 2049, n) + bytes(range(n))),
+        ):
+            (folders['raw'] / f'{prefix}-{name}-ubyte').write_bytes(content)
+            (folders['packed'] / f'{prefix}-{name}-ubyte.gz').write_bytes(gzip.compress(content))
+    written, packed = fashion.load(tmp_path / 'written'), fashion.load(tmp_path / 'packed')
+    known = FashionMNIST(str(tmp_path / 'written'), train=False)
+    for split, n in (('train', 6), ('test', 4)):
+        assert torch.equal(written[split][0], packed[split][0]) and written[split][1].tolist() == list(range(n))
+    inner = written['test'][0][:, 0, 2:-2, 2:-2] * fashion.STD + fashion.MEAN
+    torch.testing.assert_close(inner * 255, known.data.float())
+    (folders['packed'] / 't10k-labels-idx1-ubyte.gz').unlink()
+    with pytest.raises(FileNotFoundError, match=r"No 't10k-labels-idx1-ubyte\.gz' in '.*dreal-timm data fashion-mnist"):
+        fashion.load(tmp_path / 'packed')
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['few', '--forms', 'plane'], "Unknown form 'plane'"),
+    (['few', '--data', 'nowhere'], "No 'train-images-idx3-ubyte.gz' in 'nowhere'"),
+    (['few', '--table-only'], 'no runs of these settings and seeds'),
+])
+def test_a_study_on_wrong_input(arguments, message, tmp_path, monkeypatch, capsys):
+    """What cannot be run is said in a line, and no table is written."""
+    monkeypatch.setattr(sys, 'argv', ['learning.py', *arguments, '--output', str(tmp_path / 'runs')])
+    with pytest.raises(SystemExit, match='2'):
+        learning.main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / 'runs.json').exists()
 
 
 def test_intraclass_correlation():
