@@ -1,7 +1,8 @@
 """Forms of the reward and of its use that the study compares, and the controls whose rewards carry no knowledge
 
 A name is FORM, FORM/shuffled or FORM/random; FORM@1 (FORM@1/shuffled) leaves L_q out for an epoch. `plain` is timm's
-ClassificationTask, `cal` the counterfactual loss of `Counterfactual Attention Learning for Fine-Grained Visual
+ClassificationTask; `twice` is that with twice the gradient at the attention parameters, the push of `direct-log-full`
+without any reward; `cal` is the counterfactual loss of `Counterfactual Attention Learning for Fine-Grained Visual
 Categorization and Re-identification` (ICCV 2021) - https://arxiv.org/abs/2108.08728, the nearest competitor. All others
 are options of `DrealTask`; those of the paper are `literal`.
 """
@@ -14,7 +15,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from dreal_timm import DrealTask, find_sites
-from dreal_timm.attention import site_reader
+from dreal_timm.attention import attention_parameters, site_reader
 from dreal_timm.gates import on_map
 from dreal_timm.measure import Measure, Measured
 from dreal_timm.overrides import scratch_buffers
@@ -55,6 +56,7 @@ FORMS: dict[str, dict[str, Any]] = {
     'direct-log-share': dict(_TAYLOR, actor='direct', actor_share=0.3, wrong_samples='measure', reward_form='log'),
     'direct-log-full': dict(_TAYLOR, actor='direct', actor_share=1.0, wrong_samples='measure', reward_form='log'),
 }
+BESIDE = ('plain', 'twice', 'cal')  # that are no options of DrealTask
 CONTROLS = ('shuffled', 'random')
 
 
@@ -124,6 +126,15 @@ class CounterfactualTask(ClassificationTask):
         return {'loss': loss, 'output': output}
 
 
+class TwiceTask(ClassificationTask):
+    """Plain training in which the gradients at the attention parameters are 1 + weight times as long."""
+
+    def __init__(self, model: nn.Module, weight: float = 1.0, **kwargs: Any):
+        super().__init__(model, **kwargs)
+        for parameter in attention_parameters(model, find_sites(model, fashion.SIZE)).values():
+            parameter.register_hook(lambda gradient: (1 + weight) * gradient)
+
+
 def _random_map(attention: torch.Tensor) -> torch.Tensor:
     dims = tuple(range(1, attention.ndim))
     return torch.rand_like(attention) * 2 * attention.detach().mean(dims, keepdim=True)
@@ -133,11 +144,11 @@ def split_name(name: str) -> tuple[str, dict[str, Any], str]:
     """Return form, options beside its own, and control of a name; raise a ValueError if there is no such form."""
     first, _, control = name.partition('/')
     form, at, start = first.partition('@')
-    if form not in ('plain', 'cal', *FORMS) or control not in ('', *CONTROLS) or (at and not start.isdigit()) or (
+    if form not in (*BESIDE, *FORMS) or control not in ('', *CONTROLS) or (at and not start.isdigit()) or (
             form not in FORMS and (at or control)):
         raise ValueError(
-            f"Unknown form '{name}', expected one of plain, cal, {', '.join(FORMS)}, those after cal also with @EPOCHS "
-            f"or {' or '.join(f'/{control}' for control in CONTROLS)}.")
+            f"Unknown form '{name}', expected one of {', '.join((*BESIDE, *FORMS))}, those after {BESIDE[-1]} also "
+            f"with @EPOCHS or {' or '.join(f'/{control}' for control in CONTROLS)}.")
     return form, {'actor_start': int(start)} if at else {}, control
 
 
@@ -155,15 +166,16 @@ def make_task(
         name: FORM, FORM@EPOCHS, and either with /shuffled or /random.
         seed: Seed of critic, draw of sites and control.
         device: Device of the network.
-        weight: actor_weight (of CAL, the weight of its loss) in place of the form's own.
+        weight: actor_weight (of `cal`, of its loss; of `twice`, of what is added) in place of the form's own.
     """
     form, options, control = split_name(name)
     if form == 'plain':
         return ClassificationTask(model, device=device, verbose=False)
-    if form == 'cal':
-        return CounterfactualTask(model, 1.0 if weight is None else weight, device=device, verbose=False)
+    if form in ('cal', 'twice'):
+        task = {'cal': CounterfactualTask, 'twice': TwiceTask}[form]
+        return task(model, 1.0 if weight is None else weight, device=device, verbose=False)
     options = {**FORMS[form], **options, **({} if weight is None else {'actor_weight': weight})}
-    task = DrealTask(model, device=device, verbose=False, input_size=fashion.SIZE, seed=seed, **options)
+    dreal = DrealTask(model, device=device, verbose=False, input_size=fashion.SIZE, seed=seed, **options)
     if control:
-        task.measure = Control(task.measure, control, seed)
-    return task
+        dreal.measure = Control(dreal.measure, control, seed)
+    return dreal

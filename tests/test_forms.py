@@ -11,10 +11,11 @@ from conftest import correct_targets, make_batch, make_model
 from oracle import map_by_hand
 from scipy import stats
 from timm.layers import SEModule
+from timm.task import ClassificationTask
 from torch.nn.functional import cross_entropy
 from torchvision.datasets import FashionMNIST
 
-from dreal_timm import DrealTask
+from dreal_timm import DrealTask, taylor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'benchmarks'))
 import fashion
@@ -71,14 +72,42 @@ def test_random_rewards():
     torch.testing.assert_close(drawn.std(0), values.std(0), rtol=0.1, atol=0)
 
 
-def test_the_direct_actor_is_shuffled_too():
-    """What it is pushed by is the gradient of another sample: its own push is another."""
+def test_the_direct_actor_is_shuffled_too(monkeypatch):
+    """What it is pushed by is the gradient of another sample: the same gradients at each site, and another push."""
+    seen = {}
+    own = taylor.TaylorMeasure.__call__
+
+    def look(self, *args):
+        if self.pending is not None:
+            seen[id(self)] = [one for tap in self.pending.taps.values() for one in tap.grad.unbind(1)]
+        return own(self, *args)
+
+    monkeypatch.setattr(taylor.TaylorMeasure, '__call__', look)
     (plain, first), (shuffled, second) = controlled('shuffled', probe='taylor', actor='direct')
+    moved = 0
+    for one, two in zip(seen[id(plain.measure)], seen[id(shuffled.measure.inner)], strict=True):
+        rows = [sorted(map(tuple, values.flatten(1).tolist())) for values in (one, two)]
+        assert rows[0] == rows[1]
+        moved += int((one != two).flatten(1).any(1).sum())
+    assert moved > 0
     assert first['actor_loss'] != second['actor_loss']
     gradients = [
         torch.cat([p.grad.flatten() for n, p in task.get_eval_model().named_parameters() if '.se.' in n])
         for task in (plain, shuffled)]
     assert not torch.allclose(*gradients)
+
+
+def test_twice(monkeypatch):
+    """Gradients are twice as long at the attention parameters, and what they are everywhere else."""
+    monkeypatch.setattr(fashion, 'SIZE', (3, 64, 64))
+    found = []
+    for task in (ClassificationTask, forms.TwiceTask):
+        model = make_model('se').train()
+        task(model, verbose=False)(*make_batch(8))['loss'].backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert gradient.any()
+        torch.testing.assert_close(found[1][name], gradient * (2 if '.se.' in name else 1))
 
 
 def test_cal_by_hand(monkeypatch):
@@ -103,7 +132,7 @@ def test_cal_by_hand(monkeypatch):
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize('name', ['plain', 'cal', *forms.FORMS, 'taylor/shuffled', 'direct/random'])
+@pytest.mark.parametrize('name', [*forms.BESIDE, *forms.FORMS, 'taylor/shuffled', 'direct/random'])
 def test_every_form_takes_two_steps(name):
     """All that the study runs is there, and its loss is a finite number with gradients."""
     task = forms.make_task(fashion.network('se', 0.25, 0), name, 0, CPU)
