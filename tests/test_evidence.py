@@ -1,6 +1,8 @@
 """What docs and README say of the study is what its committed runs say"""
 import json
 import re
+import shlex
+import statistics
 import sys
 from pathlib import Path
 
@@ -10,23 +12,49 @@ sys.path.insert(0, str(Path(__file__).parent.parent / 'benchmarks'))
 import learning
 
 ROOT = Path(__file__).parent.parent
-TABLES = sorted((ROOT / 'benchmarks' / 'results' / 'learning').glob('*.json'))
+RESULTS = ROOT / 'benchmarks' / 'results'
+TABLES = sorted((RESULTS / 'learning').glob('*.json'))
 DOCUMENTS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+EVIDENCE, PERFORMANCE = ((ROOT / 'docs' / name).read_text() for name in ('evidence.md', 'performance.md'))
+# rows of the table of the signal, and what reward_signal.py calls them
+SIGNAL = {
+    'gain of a map, right images: mean': 'mean',
+    'its standard deviation': 'sd',
+    'share of its variance that belongs to the image, over augmented views': 'icc',
+    "share of the reward's variance that right or wrong alone explains": 'penalty_share',
+    'critic: R^2 over right images (a constant has 0)': 'critic_r2',
+    'critic: rank correlation over right images': 'critic_rank',
+    'critic: R^2 over all images': 'critic_r2_all',
+}
+DIRECTIONS = {'L_q': 'actor', 'a random direction': 'random', 'the first-order reward': 'direct', 'L_c': 'class'}
 
 
-def table_of(path):
-    """A committed table as it is, and its rows by form and weight, computed again from its runs."""
-    found = json.loads(path.read_text())
-    settings = found['settings']
-    seeds = range(settings['first_seed'], settings['first_seed'] + settings['seeds'])
-    rows = learning.table(learning.read(path.with_suffix(''), settings, seeds))
-    return found, {(row['form'], row['weight']): row for row in rows}
+def rows_of(path):
+    """Rows of a committed table by form and weight, computed again from its runs."""
+    runs = learning.read(path.with_suffix(''), json.loads(path.read_text())['settings'])
+    return {(row['form'], row['weight']): row for row in learning.table(runs)}
+
+
+def table_of(command):
+    """The committed table that a study's command writes."""
+    words = shlex.split(command, comments=True)
+    attention = words[words.index('--attention') + 1] if '--attention' in words else 'se'
+    return RESULTS / 'learning' / f'{words[2]}-{attention}.json'
+
+
+def difference(row, other):
+    """A difference as documents write it, or nothing where there is none."""
+    return f"{row[f'minus_{other}']:+.2f} +- {row[f'minus_{other}_95']:.2f}" if f'minus_{other}' in row else ''
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip().strip('|').split('|')]
 
 
 @pytest.mark.parametrize('path', TABLES, ids=lambda path: path.stem)
 def test_a_table_is_that_of_its_runs(path):
     """Every row of a committed table is computed again from the files of its runs."""
-    found, rows = table_of(path)
+    found, rows = json.loads(path.read_text()), rows_of(path)
     assert len(found['rows']) == len(rows) > 1
     for row in found['rows']:
         again = rows[row['form'], row['weight']]
@@ -36,28 +64,43 @@ def test_a_table_is_that_of_its_runs(path):
 
 
 def test_printed_lines_are_those_of_the_runs():
-    """A block of a document that shows a study's command shows the lines that it prints."""
-    known = {learning.tell(row).rstrip() for path in TABLES for row in table_of(path)[1].values()}
+    """A block of a document that shows a study's command shows lines that this command prints."""
     shown = 0
     for document in DOCUMENTS:
-        text = document.read_text()
-        for block in re.findall(r'```\n\$ python benchmarks/learning.py .*?\n(.*?)```', text, re.DOTALL):
+        blocks = re.findall(r'```\n\$ (python benchmarks/learning.py .*?)\n(.*?)```', document.read_text(), re.DOTALL)
+        for command, block in blocks:
+            known = {learning.tell(row).rstrip() for row in rows_of(table_of(command)).values()}
             lines = [line for line in block.splitlines() if re.search(r'% in +\d+ s, \d+ seeds', line)]
             assert lines, block
             assert not [line for line in lines if line not in known]
             shown += len(lines)
-    assert shown
+    assert shown >= 15
 
 
-def test_tables_are_those_of_the_runs():
-    """A difference to plain training in a table of a document is one of the runs, to its last digit."""
-    known = {
-        (row['form'], f"{row['minus_plain']:+.2f} +- {row['minus_plain_95']:.2f}")
-        for path in TABLES for row in table_of(path)[1].values() if 'minus_plain' in row}
-    text = (ROOT / 'docs' / 'evidence.md').read_text()
-    told = re.findall(r'^\| `([^`]+)` \| ([+-]\d+\.\d\d \+- \d+\.\d\d) \|', text, re.MULTILINE)
-    assert len(told) >= 20
-    assert not [row for row in told if row not in known]
+def test_tables_of_forms_are_those_of_the_runs():
+    """The tables of all forms, each below the command that prints it: every cell, and every form of the study."""
+    parts = re.findall(
+        r'^`(python benchmarks/learning\.py [^`]*)`.*\n\n((?:\|.*\n)+)', EVIDENCE, re.MULTILINE)
+    assert parts
+    for command, table in parts:
+        rows = {form: row for (form, _), row in rows_of(table_of(command)).items()}
+        order = [row['form'] for row in json.loads(table_of(command).read_text())['rows']]
+        told = [cells_of(line) for line in table.splitlines()[2:]]
+        assert [form for form, *_ in told] == [f'`{form}`' for form in order]
+        for form, *cells in told:
+            row = rows[form.strip('`')]
+            assert cells == [
+                difference(row, 'plain'), difference(row, 'shuffled'), f"{100 * row['saturated']:.0f}",
+                f"{row['seconds']:.0f}"], form
+
+
+def test_the_earlier_study_is_that_of_its_runs():
+    """The differences of docs/performance.md, a row for each form and a column for each weight."""
+    rows = rows_of(RESULTS / 'learning' / 'small-se.json')
+    table = re.search(r'^\| \| seconds \| 0.03 .*\n.*\n((?:\|.*\n)+)', PERFORMANCE, re.MULTILINE)[1]
+    forms = ('literal', 'split', 'taylor', 'taylor/shuffled')
+    for form, line in zip(forms, table.splitlines(), strict=True):
+        assert cells_of(line)[2:] == [difference(rows[form, weight], 'plain') for weight in (0.03, 0.1, 0.3, 1.0)]
 
 
 @pytest.mark.parametrize('document', ['README.md', 'docs/evidence.md'])
@@ -66,8 +109,37 @@ def test_the_answer_is_that_of_the_runs(document):
     told = re.findall(r'^\| (SE|CBAM|SRM) \| (.*?) \|$', (ROOT / document).read_text(), re.MULTILINE)
     assert [attention for attention, _ in told] == ['SE', 'CBAM', 'SRM']
     for attention, cells in told:
-        _, rows = table_of(ROOT / 'benchmarks' / 'results' / 'learning' / f'primary-{attention.lower()}.json')
+        rows = rows_of(RESULTS / 'learning' / f'primary-{attention.lower()}.json')
         chosen = rows['direct-log-full', None]
-        differences = [
-            f"{chosen[f'minus_{other}']:+.2f} +- {chosen[f'minus_{other}_95']:.2f}" for other in ('plain', 'shuffled')]
-        assert cells.split(' | ') == [f"{rows['plain', None]['top1']:.2f}", *differences, str(chosen['seeds'])]
+        assert cells.split(' | ') == [
+            f"{rows['plain', None]['top1']:.2f}", difference(chosen, 'plain'), difference(chosen, 'shuffled'),
+            str(chosen['seeds'])]
+
+
+def test_tables_of_the_signal_are_those_of_its_trainings():
+    """Every number of what the reward says and the critic knows, and of the steps along each direction."""
+    commands = re.findall(r'^`python benchmarks/reward_signal.py --form (\S+)`', EVIDENCE, re.MULTILINE)
+    parts = re.split(r'^`python benchmarks/reward_signal.py --form \S+`', EVIDENCE, flags=re.MULTILINE)[1:]
+    assert commands[0] == 'split'
+    numbers = 0
+    for form, part in zip(commands, parts, strict=True):
+        after = json.loads((RESULTS / f'signal-fashion-se-{form}-0.json').read_text())['rows']
+        for line in part.split('\n#')[0].splitlines():
+            label, *cells = cells_of(line)
+            if label in SIGNAL:
+                values = [[group[SIGNAL[label]]] for group in after[-1]['groups']]
+                texts = [[cell] for cell in cells]
+            elif label in DIRECTIONS and line.startswith('|'):
+                values = [
+                    [statistics.mean(push['steps'][DIRECTIONS[label]][where][key] for push in row['pushes'])
+                     for row in after]
+                    for key in ('gain', 'loss') for where in ('same', 'new')]
+                texts = [cell.split(', ') for cell in cells]
+            else:
+                continue
+            for told, true in zip(texts, values, strict=True):
+                for text, value in zip(told, true, strict=True):
+                    digits = len(text.partition('.')[2])
+                    assert float(text) == pytest.approx(value, abs=0.501 * 10 ** -digits), (label, text)
+                    numbers += 1
+    assert numbers >= 28 + 48

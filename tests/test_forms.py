@@ -235,7 +235,7 @@ def test_files_of_fashion_mnist(tmp_path):
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['few', '--forms', 'plane'], "Unknown form 'plane'"),
     (['few', '--data', 'nowhere'], "No 'train-images-idx3-ubyte.gz' in 'nowhere'"),
-    (['few', '--table-only'], 'no runs of these settings and seeds'),
+    (['few', '--table-only'], 'no runs of these settings'),
 ])
 def test_a_study_on_wrong_input(arguments, message, tmp_path, monkeypatch, capsys):
     """What cannot be run is said in a line, and no table is written."""
