@@ -8,8 +8,9 @@ A network is trained, and after chosen epochs, in evaluation mode, on images tha
 - critic: R^2 and Spearman's rank correlation of Q with the gain, over right images, against a constant; R^2 of Q with
   the literal reward over all images, against right or wrong alone;
 - push: length of L_q's gradient at the attention parameters beside L_c's, and their cosine; and for steps of one length
-  along L_q's, along L_c's, along the first-order reward's (`direct`) and along random directions, what happens to the
-  exact mean gain and to the class loss, on the batch itself and on new images.
+  along L_q's, along L_c's, along the first-order reward's (`direct`), that of all images' log-likelihood (`log`), the
+  same shuffled, and along random directions, what happens to the exact mean gain and to the class loss, on the batch
+  itself and on new images.
 """
 import argparse
 import copy
@@ -150,7 +151,7 @@ def _cosine(a: Direction, b: Direction) -> float:
 
 
 def directions(task: DrealTask, data: fashion.Data, seed: int) -> dict[str, Direction]:
-    """Return directions at the attention parameters, downhill of: L_q, L_c, minus the first-order reward; and noise."""
+    """Return directions at the attention parameters, downhill of: L_q, L_c, minus first-order rewards; and noise."""
     trainable: Any = task.trainable_module
     model, (images, labels) = trainable.model.eval(), data
     sites = [site for group in task.groups for site in group.sites]
@@ -162,24 +163,37 @@ def directions(task: DrealTask, data: fashion.Data, seed: int) -> dict[str, Dire
     quality = torch.func.functional_call(trainable.critic, frozen, stack_readings(task.groups, readings, maps))
     actor = _gradient(-quality.sum(1).mean(), theta)
     # the gradient of log p at each map, by zero leaves; then the reward to first order as a function of theta
-    by_class, direct = _gradient(loss, theta), _first_order(model, data, maps, theta)
+    by_class = _gradient(loss, theta)
     generator = torch.Generator().manual_seed(seed)
     noise = {name: torch.randn(p.shape, generator=generator) for name, p in theta.items()}
-    found = {'actor': actor, 'class': by_class, 'direct': direct}
+    found = {
+        'actor': actor, 'class': by_class, 'direct': _first_order(model, data, maps, theta, 'right'),
+        'log': _first_order(model, data, maps, theta, 'all'),
+        'shuffled': _first_order(model, data, maps, theta, 'all', generator)}
     downhill = {name: {key: -value for key, value in uphill.items()} for name, uphill in found.items()}
     return {**downhill, 'random': noise}
 
 
-def _first_order(model: nn.Module, data: fashion.Data, maps: Mapping[str, torch.Tensor], theta: Any) -> Direction:
+def _first_order(
+        model: nn.Module,
+        data: fashion.Data,
+        maps: Mapping[str, torch.Tensor],
+        theta: Mapping[str, nn.Parameter],
+        whose: str,
+        shuffle: torch.Generator | None = None,
+) -> Direction:
+    """The gradient of minus the mean first-order reward, of 'right' or 'all' images; shuffled, by others' gradients."""
     images, labels = data
     sites = [site for group in group_sites(find_sites(model, fashion.SIZE)) for site in group.sites]
     taps = [torch.zeros_like(maps[site.name], requires_grad=True) for site in sites]
     with tap(model, sites, taps):
         logits = model(images)
-    right = logits.argmax(1) == labels
-    total = (logits.log_softmax(1).gather(1, labels[:, None])[:, 0] * right).sum()
+    counted = logits.argmax(1) == labels if whose == 'right' else torch.ones_like(labels)
+    total = (logits.log_softmax(1).gather(1, labels[:, None])[:, 0] * counted).sum()
     rewards: list[torch.Tensor] = []
     for site, gradient in zip(sites, torch.autograd.grad(total, taps), strict=True):
+        if shuffle is not None:
+            gradient = gradient[torch.randperm(len(gradient), generator=shuffle)]
         attention = maps[site.name].flatten(1)
         rewards.append((gradient.flatten(1) * (attention - attention.mean(1, keepdim=True))).sum())
     return _gradient(-torch.stack(rewards).sum() / len(labels), theta)
@@ -199,6 +213,9 @@ def steps_along(task: DrealTask, batch: fashion.Data, new: fashion.Data, step: f
         'cosine_actor_class': _cosine(found['actor'], found['class']),
         'cosine_actor_direct': _cosine(found['actor'], found['direct']),
         'cosine_class_direct': _cosine(found['class'], found['direct']),
+        'cosine_class_log': _cosine(found['class'], found['log']),
+        'cosine_class_shuffled': _cosine(found['class'], found['shuffled']),
+        'cosine_log_shuffled': _cosine(found['log'], found['shuffled']),
         'gain': before['new']['gain'], 'loss': before['new']['loss'], 'steps': {},
     }
     for name, direction in found.items():
@@ -269,7 +286,7 @@ def main() -> None:
             told = {
                 f'{key} {where}': [s['steps'][name][where][key] for s in steps]
                 for where in ('same', 'new') for key in ('gain', 'loss')}
-            print(f'  along {name:7}' + '  '.join(f'{k} {sum(v) / len(v):+.5f}' for k, v in told.items()))
+            print(f'  along {name:8}' + '  '.join(f'{k} {sum(v) / len(v):+.5f}' for k, v in told.items()))
         keys = [key for key in steps[0] if key != 'steps']
         print('  ' + '  '.join(f'{key} {sum(s[key] for s in steps) / len(steps):.4f}' for key in keys), flush=True)
         rows.append({'epoch': epoch + 1, 'top1': top1, 'groups': found, 'pushes': steps})

@@ -279,6 +279,10 @@ def test_directions_are_gradients():
     told = reward_signal.steps_along(task, data, data, 1e-3, 0)
     assert told['steps']['class']['same']['loss'] < 0
     assert told['steps']['direct']['same']['gain'] > told['steps']['random']['same']['gain']
+    found = reward_signal.directions(task, data, 0)
+    assert told['cosine_class_log'] == pytest.approx(reward_signal._cosine(found['class'], found['log']))
+    assert 0.9 < told['cosine_class_log'] < 1
+    assert told['cosine_class_shuffled'] < told['cosine_class_log']
 
 
 def test_figure_of_the_tables(tmp_path):
