@@ -233,8 +233,8 @@ def main() -> None:
         parser.error(f"no runs of these settings in '{folder}'")
     header['made_on'] = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in runs})
     rows = table(runs)
-    order = {(name, weight): number for number, (_, name, weight, _) in enumerate(plan)}
-    rows.sort(key=lambda row: order.get((row['form'], row['weight']), len(order)))
+    order = list(dict.fromkeys((name, weight) for _, name, weight, _ in plan))
+    rows.sort(key=lambda row: order.index(key) if (key := (row['form'], row['weight'])) in order else len(order))
     for row in rows:
         print(tell(row))
     if not args.table_only:
