@@ -179,7 +179,7 @@ def _file(name: str, weight: float | None, seed: int) -> str:
     return f"{name.replace('/', '+').replace('*', 'x')}{'' if weight is None else f'-{weight:g}'}-{seed}.json"
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('study', choices=STUDIES, help='what to run; the options change it')
     parser.add_argument('--set', choices=('fashion', 'letters'))
@@ -198,6 +198,11 @@ def main() -> None:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, help='folder of the runs')
     parser.add_argument('--table-only', action='store_true', help='print that of the runs that are there')
+    return parser
+
+
+def main() -> None:
+    parser = _parser()
     args = parser.parse_args()
     for name, value in {**_DEFAULTS, **STUDIES[args.study]}.items():
         if getattr(args, name) is None:
