@@ -50,6 +50,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     'letters': dict(set='letters', images=7_200, epochs=16, seeds=8, first_seed=2000, forms=_FOUR),
     'few': dict(images=2_000, epochs=25, seeds=8, first_seed=2000, forms=_FOUR),
     'all': dict(images=60_000, epochs=5, seeds=8, first_seed=2000, forms=_FOUR),
+    'full': dict(images=60_000, epochs=5, seeds=24, first_seed=4000, forms=['plain', *_CHOSEN]),
 }
 _DEFAULTS: dict[str, Any] = dict(
     set='fashion', attention='se', width=0.25, batch_size=128, lr=0.1, first_seed=0, weights=None)
