@@ -26,7 +26,9 @@ SIGNAL = {
     'critic: rank correlation over right images': 'critic_rank',
     'critic: R^2 over all images': 'critic_r2_all',
 }
-DIRECTIONS = {'L_q': 'actor', 'a random direction': 'random', 'the first-order reward': 'direct', 'L_c': 'class'}
+DIRECTIONS = {
+    'L_q': 'actor', 'a random direction': 'random', 'the first-order reward': 'direct', 'L_c': 'class',
+    "that of the chosen form, all images' log-likelihood": 'log', 'the same, shuffled': 'shuffled'}
 
 
 def rows_of(path):
@@ -141,4 +143,4 @@ def test_tables_of_the_signal_are_those_of_its_trainings():
                     digits = len(text.partition('.')[2])
                     assert float(text) == pytest.approx(value, abs=0.501 * 10 ** -digits), (label, text)
                     numbers += 1
-    assert numbers >= 28 + 48
+    assert numbers >= 28 + 6 * 12 + 16 + 3 * 12
