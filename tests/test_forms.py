@@ -145,7 +145,8 @@ def test_every_form_takes_two_steps(name):
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.get_trainable_module().parameters())
 
 
-@pytest.mark.parametrize('name', ['plane', 'plain/shuffled', 'taylor/sorted', 'cal/random', 'twice@1', 'plain@1', 'taylor@x'])
+@pytest.mark.parametrize('name', [
+    'plane', 'plain/shuffled', 'taylor/sorted', 'cal/random', 'twice@1', 'plain@1', 'taylor@x'])
 def test_forms_that_are_not_there(name):
     """A form or control that is not known is an error that lists those that are."""
     with pytest.raises(ValueError, match='expected one of plain, twice, cal, literal'):
