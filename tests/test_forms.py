@@ -1,8 +1,10 @@
-"""The study's own parts: controls that carry no knowledge, CAL's loss, intervals and the table"""
+"""The study's own parts: controls by the rewards of other images, CAL's loss, intervals and the table"""
 import gzip
+import json
 import math
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -193,8 +195,8 @@ def test_table_by_hand():
     assert rows['plain']['seconds'] == 15.0 and 'minus_plain' not in rows['plain']
 
 
-def test_a_run_is_resumed_and_paired(tmp_path, monkeypatch, capsys):
-    """A study writes a file a run, does not run again what is there, and gives runs of a seed the same images."""
+def test_runs_of_a_seed_are_paired(monkeypatch):
+    """They have the same weights, images and order: without a push one is the other; more steps are those and more."""
     splits = {name: (torch.randn(n, 1, 32, 32), torch.randint(3, (n,))) for name, n in (('train', 64), ('test', 500))}
     monkeypatch.setattr(fashion, 'open_set', lambda name, folder: fashion.ImageSet(splits, 3, True))
     monkeypatch.setattr(learning, '_OPEN', {})
@@ -206,6 +208,38 @@ def test_a_run_is_resumed_and_paired(tmp_path, monkeypatch, capsys):
     longer = learning.run('plain*1.5', None, 0, settings, '', 'cpu')
     assert [row['steps'] for row in longer['curve']] == [2, 4, 6]
     assert 0 <= first['gates']['layer1_channel']['saturated'] <= 1
+
+
+def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
+    """A study writes a file a run, does not run again what is there, and a table of all that is in its folder."""
+    made = []
+
+    def run(name, weight, seed, *_):
+        made.append((name, seed))
+        return {'form': name, 'weight': weight, 'seed': seed, 'top1': 80.0 + seed + len(name), 'gates': {
+            'stage': {'saturated': 0.1}}, 'curve': [{'seconds': 1.0}]}
+
+    def study(*arguments):
+        made.clear()
+        monkeypatch.setattr(
+            sys, 'argv', ['learning.py', 'few', '--seeds', '2', '--output', str(tmp_path / 'runs'), *arguments])
+        learning.main()
+        return [line.split()[0] for line in capsys.readouterr().out.splitlines() if '% in' in line]
+
+    monkeypatch.setattr(learning, 'run', run)
+    monkeypatch.setattr(learning, 'ProcessPoolExecutor', lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(fashion, 'files', lambda folder: None)
+    forms_of = ('--forms', 'taylor', 'plain')
+    assert study(*forms_of) == ['taylor', 'plain'] and len(made) == 4
+    (tmp_path / 'runs' / 'plain-2001.json').unlink()
+    assert study(*forms_of) == ['taylor', 'plain'] and made == [('plain', 2001)]
+    assert study('--forms', 'plain', 'twice') == ['plain', 'twice', 'taylor']
+    rows = json.loads((tmp_path / 'runs.json').read_text())['rows']
+    assert [(row['form'], row['seeds'], row.get('minus_plain')) for row in rows] == [
+        ('plain', 2, None), ('twice', 2, 0), ('taylor', 2, 1)]
+    (tmp_path / 'runs.json').unlink()
+    assert study('--forms', 'cal', 'plain', '--table-only') == ['plain', 'taylor', 'twice'] and not made
+    assert not (tmp_path / 'runs.json').exists()
 
 
 def test_files_of_fashion_mnist(tmp_path):
