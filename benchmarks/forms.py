@@ -1,10 +1,10 @@
-"""Forms of the reward and of its use that the study compares, and the controls whose rewards carry no knowledge
+"""Forms of the reward and of its use that the study compares, and the controls whose rewards are other images'
 
 A name is FORM, FORM/shuffled or FORM/random; FORM@1 (FORM@1/shuffled) leaves L_q out for an epoch. `plain` is timm's
-ClassificationTask; `twice` is that with twice the gradient at the attention parameters, the push of `direct-log-full`
-without any reward; `cal` is the counterfactual loss of `Counterfactual Attention Learning for Fine-Grained Visual
-Categorization and Re-identification` (ICCV 2021) - https://arxiv.org/abs/2108.08728, the nearest competitor. All others
-are options of `DrealTask`; those of the paper are `literal`.
+ClassificationTask; `twice` is that with twice the gradient at the attention parameters, a push as long as that of
+`direct-log-full` without any reward; `cal` is the counterfactual loss of `Counterfactual Attention Learning for
+Fine-Grained Visual Categorization and Re-identification` (ICCV 2021) - https://arxiv.org/abs/2108.08728, the nearest
+competitor. All others are options of `DrealTask`; those of the paper are `literal`.
 """
 from contextlib import ExitStack
 from typing import Any
@@ -61,7 +61,7 @@ CONTROLS = ('shuffled', 'random')
 
 
 class Control(Measure):
-    """The rewards of another measure without their knowledge, each site by itself.
+    """The rewards of another measure without what they say of each image, each site by itself; their mean stays.
 
     'shuffled' permutes them among the samples of the batch that have one; 'random' draws normal numbers of the same
     mean and standard deviation. Of the direct actor, which needs gradients, it is those that are permuted or drawn.
@@ -171,11 +171,13 @@ def make_task(
     form, options, control = split_name(name)
     if form == 'plain':
         return ClassificationTask(model, device=device, verbose=False)
-    if form in ('cal', 'twice'):
-        task = {'cal': CounterfactualTask, 'twice': TwiceTask}[form]
-        return task(model, 1.0 if weight is None else weight, device=device, verbose=False)
+    given = {} if weight is None else {'weight': weight}
+    if form == 'cal':
+        return CounterfactualTask(model, device=device, verbose=False, **given)
+    if form == 'twice':
+        return TwiceTask(model, device=device, verbose=False, **given)
     options = {**FORMS[form], **options, **({} if weight is None else {'actor_weight': weight})}
-    dreal = DrealTask(model, device=device, verbose=False, input_size=fashion.SIZE, seed=seed, **options)
+    task = DrealTask(model, device=device, verbose=False, input_size=fashion.SIZE, seed=seed, **options)
     if control:
-        dreal.measure = Control(dreal.measure, control, seed)
-    return dreal
+        task.measure = Control(task.measure, control, seed)
+    return task
