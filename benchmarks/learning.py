@@ -1,13 +1,15 @@
 """Does the reward teach? Accuracy of plain and reinforced training at equal steps and equal time, over paired seeds
 
 Runs of one seed share the initial weights, the images, their order and their augmentation. Every run is written to a
-file of its own as it ends; what is there already is not run again. The table is of all runs in the folder and compares
-each form with plain training and with its control: mean difference of the paired seeds and its 95% interval (Student's
-t). Forms and controls are those of forms.py; FORM*1.2 trains for 1.2 times as many steps, so that plain training can
-have the time of a reinforced one. Seconds are those of training, in the median; on a CPU, of its own clock.
+file of its own as it ends; what is there already is not run again. The table is of all runs in the folder
+(--seed-range: of some seeds) and compares each form with plain training and with its control: mean difference of the
+paired seeds and its 95% interval (Student's t). Forms and controls are those of forms.py; FORM*1.2 trains for 1.2 times
+as many steps, so that plain training can have the time of a reinforced one. Seconds are those of training, in the
+median; on a CPU, of its own clock.
 """
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -146,10 +148,11 @@ def table(runs: Sequence[dict]) -> list[dict]:
     return rows
 
 
-def read(folder: Path, settings: Mapping[str, Any]) -> list[dict]:
-    """Return the runs of a folder that have these settings, of whatever seed and form."""
+def read(folder: Path, settings: Mapping[str, Any], seeds: Sequence[int] | None = None) -> list[dict]:
+    """Return the runs of a folder that have these settings, of all seeds or of a first to a last."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
-    return [r for r in runs if all(r[key] == settings[key] for key in _SETTINGS)]
+    first, last = seeds or (-math.inf, math.inf)
+    return [r for r in runs if all(r[key] == settings[key] for key in _SETTINGS) and first <= r['seed'] <= last]
 
 
 def tell(row: Mapping[str, Any]) -> str:
@@ -199,6 +202,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, help='folder of the runs')
     parser.add_argument('--table-only', action='store_true', help='print that of the runs that are there')
+    parser.add_argument(
+        '--seed-range', nargs=2, type=int, metavar=('FIRST', 'LAST'), help='the same, of these seeds alone')
     return parser
 
 
@@ -219,9 +224,10 @@ def main() -> None:
         for name in args.forms
         for weight in ([None] if args.weights is None or name == 'plain' else args.weights)]
     told = {'versions': header['versions'], 'machine': header['machine']}
+    table_only = args.table_only or args.seed_range is not None
     jobs = [
         (*job, settings, str(args.data), args.device, told) for job in plan
-        if not job[0].exists() and not args.table_only]
+        if not job[0].exists() and not table_only]
     try:
         for name in args.forms:
             split_stretch(name)
@@ -234,7 +240,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         for number, line in enumerate(pool.map(_train, jobs), 1):
             print(f'{number}/{len(jobs)} {line}', flush=True)
-    runs = read(folder, settings)
+    runs = read(folder, settings, args.seed_range)
     if not runs:
         parser.error(f"no runs of these settings in '{folder}'")
     header['made_on'] = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in runs})
@@ -243,7 +249,7 @@ def main() -> None:
     rows.sort(key=lambda row: order.index(key) if (key := (row['form'], row['weight'])) in order else len(order))
     for row in rows:
         print(tell(row))
-    if not args.table_only:
+    if not table_only:
         report.write(folder.with_suffix('.json'), header, rows)
 
 

@@ -5,6 +5,7 @@ import math
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,12 +32,25 @@ def machine(device: torch.device) -> str:
     return f'{torch.cuda.get_device_name()}; {text}' if device.type == 'cuda' else text
 
 
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """Return the commit that a clone is at, with '+' if tracked files were changed since; None without git."""
+    try:
+        return subprocess.run(
+            ['git', 'describe', '--always', '--abbrev=12', '--exclude=*', '--dirty=+'], cwd=folder, check=True,
+            capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def begin(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Print command, machine and versions; return them with the settings, for the JSON."""
     versions = {
         'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
         'accelerate': accelerate.__version__, 'dreal_timm': dreal_timm.__version__,
     }
+    at = commit()
+    if at is not None:
+        versions['commit'] = at
     header = {
         'command': shlex.join(['python', *sys.argv]),
         'machine': machine(device),

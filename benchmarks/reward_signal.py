@@ -5,12 +5,14 @@ A network is trained, and after chosen epochs, in evaluation mode, on images tha
 - gains: 1 - p'/p of each site and image by exact passes, over right images: mean, standard deviation, and the share of
   the variance that belongs to the image (intraclass correlation over augmented views of it);
 - penalty: the share of the variance of the literal reward (wrong images get -1) that right or wrong alone explains;
-- critic: R^2 and Spearman's rank correlation of Q with the gain, over right images, against a constant; R^2 of Q with
-  the literal reward over all images, against right or wrong alone;
+- critic: R^2 and Spearman's rank correlation of Q with the gain, over right images, against a constant; the rank
+  correlation of p itself with the gain, since sure images have little to gain, and that of Q where p is held fixed
+  (partial correlation); R^2 of Q with the literal reward over all images, against right or wrong alone;
 - push: length of L_q's gradient at the attention parameters beside L_c's, and their cosine; and for steps of one length
   along L_q's, along L_c's, along the first-order reward's (`direct`), that of all images' log-likelihood (`log`), the
-  same shuffled, and along random directions, what happens to the exact mean gain and to the class loss, on the batch
-  itself and on new images.
+  same shuffled, and along random directions, what happens to the exact mean gain, to that in standard deviations of
+  each site (`scaled`, as a standardized reward weighs them) and to the class loss, on the batch itself and on new
+  images.
 """
 import argparse
 import copy
@@ -32,6 +34,7 @@ from dreal_timm.capture import bypass, read_map, record, tap
 from dreal_timm.trainable import stack_readings
 
 Direction = dict[str, torch.Tensor]
+_MEASURED = ('gain', 'scaled', 'loss')
 
 
 def log_p(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -40,11 +43,15 @@ def log_p(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch
 
 
 @torch.no_grad()
-def exact_gains(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return 1 - p'/p of each image and site, (B, L), and which images the network gets right, (B,)."""
+def exact_gains(
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return 1 - p'/p of each image and site, no less than -1, (B, L); which images are right, and log p, both (B,)."""
     model.eval()
     sites = [site for group in group_sites(find_sites(model, fashion.SIZE)) for site in group.sites]
-    gains, right = [], []
+    gains, right, known = [], [], []
     for x, y in zip(images.split(500), labels.split(500), strict=True):
         logits = model(x)
         before = logits.log_softmax(1).gather(1, y[:, None])
@@ -54,7 +61,8 @@ def exact_gains(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) ->
                 columns.append(log_p(model, x, y))
         gains.append(-torch.expm1(torch.stack(columns, 1) - before))
         right.append(logits.argmax(1) == y)
-    return torch.cat(gains).clamp(-1, 1), torch.cat(right)
+        known.append(before[:, 0])
+    return torch.cat(gains).clamp(-1, 1), torch.cat(right), torch.cat(known)
 
 
 @torch.no_grad()
@@ -73,7 +81,10 @@ def judgements(task: DrealTask, images: torch.Tensor) -> torch.Tensor:
 
 
 def views(images: torch.Tensor, count: int, seed: int, mirrored: bool) -> list[torch.Tensor]:
-    """Return augmented views of the images as in training: shifted by up to 2 pixels, each by its own, and mirrored."""
+    """Return views of the images, each shifted by up to 2 pixels of its own and mirrored or not.
+
+    In training a batch is shifted as one, and what leaves at one side comes in at the other; here edges are repeated.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(count):
@@ -93,6 +104,17 @@ def intraclass(values: torch.Tensor) -> float:
     return ((between - within) / (between + (k - 1) * within)).item()
 
 
+def ranks_together(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return Spearman's rank correlation."""
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
+
+
+def partial_ranks(a: torch.Tensor, b: torch.Tensor, fixed: torch.Tensor) -> float:
+    """Return the partial rank correlation of a and b, given a third."""
+    ab, ac, bc = ranks_together(a, b), ranks_together(a, fixed), ranks_together(b, fixed)
+    return (ab - ac * bc) / math.sqrt((1 - ac ** 2) * (1 - bc ** 2))
+
+
 def explained(predicted: torch.Tensor, values: torch.Tensor) -> float:
     """Return R^2: 1 less the squared error beside that of the mean."""
     return (1 - (predicted - values).square().sum() / (values - values.mean()).square().sum()).item()
@@ -109,10 +131,10 @@ def signal_of(
     model = task.get_eval_model()
     assert model is not None
     images, labels = data
-    gains, right = exact_gains(model, images, labels)
+    gains, right, known = exact_gains(model, images, labels)
     quality = judgements(task, images)
     seen = [exact_gains(model, view, labels) for view in views(images, count, 0, mirrored)]
-    always = torch.stack([r for _, r in seen], 1).all(1)
+    always = torch.stack([r for _, r, _ in seen], 1).all(1)
     rows, start = [], 0
     for group in groups:
         columns = range(start, start + len(group.sites))
@@ -124,10 +146,12 @@ def signal_of(
             guess = torch.where(right, gain[right].mean(), torch.tensor(-1.0))  # right or wrong, and nothing else
             values = {
                 'mean': gain[right].mean().item(), 'sd': gain[right].std().item(),
-                'icc': intraclass(torch.stack([g[:, column] for g, _ in seen], 1)[always]),
+                'icc': intraclass(torch.stack([g[:, column] for g, _, _ in seen], 1)[always]),
                 'penalty_share': explained(guess, literal),
                 'critic_r2': explained(q[right], gain[right]),
-                'critic_rank': float(spearmanr(q[right].numpy(), gain[right].numpy()).statistic),
+                'critic_rank': ranks_together(q[right], gain[right]),
+                'p_rank': ranks_together(known[right], gain[right]),
+                'critic_rank_given_p': partial_ranks(q[right], gain[right], known[right]),
                 'critic_r2_all': explained(q, literal),
                 'critic_sd': q[right].std().item(), 'critic_mean': q[right].mean().item(),
             }
@@ -216,7 +240,7 @@ def steps_along(task: DrealTask, batch: fashion.Data, new: fashion.Data, step: f
         'cosine_class_log': _cosine(found['class'], found['log']),
         'cosine_class_shuffled': _cosine(found['class'], found['shuffled']),
         'cosine_log_shuffled': _cosine(found['log'], found['shuffled']),
-        'gain': before['new']['gain'], 'loss': before['new']['loss'], 'steps': {},
+        'before': {where: {key: before[where][key] for key in _MEASURED} for where in before}, 'steps': {},
     }
     for name, direction in found.items():
         moved = copy.deepcopy(model)
@@ -227,18 +251,24 @@ def steps_along(task: DrealTask, batch: fashion.Data, new: fashion.Data, step: f
                 parameters[key].add_(value, alpha=size / length)
         told['steps'][name] = {}
         for where, data in (('same', batch), ('new', new)):
-            after = _measure(moved, data, before[where]['right'])
-            told['steps'][name][where] = {key: after[key] - before[where][key] for key in ('gain', 'loss')}
+            after = _measure(moved, data, before[where])
+            told['steps'][name][where] = {key: after[key] - before[where][key] for key in _MEASURED}
     return told
 
 
-def _measure(model: nn.Module, data: fashion.Data, right: torch.Tensor | None) -> dict[str, Any]:
-    """Gain summed over the sites, mean over the images that were right at first, and class loss, mean over all."""
-    gains, now = exact_gains(model, *data)
-    right = now if right is None else right
-    with torch.no_grad():
-        loss = -torch.cat([log_p(model, x, y) for x, y in zip(data[0].split(500), data[1].split(500), strict=True)])
-    return {'gain': gains[right].sum(1).mean().item(), 'loss': loss.mean().item(), 'right': right}
+def _measure(model: nn.Module, data: fashion.Data, first: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Gain summed over the sites, mean over the images that were right at first, and class loss, mean over all.
+
+    `scaled` is the gain with each site's divided by its standard deviation at first.
+    """
+    gains, right, known = exact_gains(model, *data)
+    if first is not None:
+        right = first['right']
+    sd = gains[right].std(0) if first is None else first['sd']
+    mean = gains[right].mean(0)
+    return {
+        'gain': mean.sum().item(), 'scaled': (mean / sd).sum().item(), 'loss': -known.mean().item(),
+        'right': right, 'sd': sd}
 
 
 def main() -> None:
@@ -285,9 +315,12 @@ def main() -> None:
         for name in steps[0]['steps']:
             told = {
                 f'{key} {where}': [s['steps'][name][where][key] for s in steps]
-                for where in ('same', 'new') for key in ('gain', 'loss')}
+                for where in ('same', 'new') for key in _MEASURED}
             print(f'  along {name:8}' + '  '.join(f'{k} {sum(v) / len(v):+.5f}' for k, v in told.items()))
-        keys = [key for key in steps[0] if key != 'steps']
+        for where, first in steps[0]['before'].items():
+            print(f'  before, {where}: ' + '  '.join(
+                f"{key} {sum(s['before'][where][key] for s in steps) / len(steps):.4f}" for key in first))
+        keys = [key for key in steps[0] if key not in ('steps', 'before')]
         print('  ' + '  '.join(f'{key} {sum(s[key] for s in steps) / len(steps):.4f}' for key in keys), flush=True)
         rows.append({'epoch': epoch + 1, 'top1': top1, 'groups': found, 'pushes': steps})
         task.get_trainable_module().train()

@@ -2,7 +2,9 @@
 import gzip
 import json
 import math
+import shutil
 import struct
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -239,7 +241,29 @@ def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
         ('plain', 2, None), ('twice', 2, 0), ('taylor', 2, 1)]
     (tmp_path / 'runs.json').unlink()
     assert study('--forms', 'cal', 'plain', '--table-only') == ['plain', 'taylor', 'twice'] and not made
+    (tmp_path / 'runs' / 'twice-2000.json').unlink()
+    assert study('--seed-range', '1990', '2000') == ['plain', 'taylor'] and not made
     assert not (tmp_path / 'runs.json').exists()
+
+
+@pytest.mark.skipif(shutil.which('git') is None, reason='needs git')
+def test_runs_name_their_commit(tmp_path):
+    """The commit of the clone, marked where a file was changed since, and none where there is no clone."""
+    def git(*words):
+        told = subprocess.run(
+            ['git', '-c', 'user.name=T', '-c', 'user.email=t@example.org', *words], cwd=tmp_path, check=True,
+            capture_output=True, text=True)
+        return told.stdout.strip()
+
+    assert report.commit(tmp_path) is None
+    git('init')
+    (tmp_path / 'code.py').write_text('a = 1')
+    git('add', '.')
+    git('commit', '-m', 'First')
+    git('tag', 'v1')
+    assert report.commit(tmp_path) == git('rev-parse', '--short=12', 'HEAD')
+    (tmp_path / 'code.py').write_text('a = 2')
+    assert report.commit(tmp_path) == git('rev-parse', '--short=12', 'HEAD') + '+'
 
 
 def test_files_of_fashion_mnist(tmp_path):
@@ -271,6 +295,7 @@ def test_files_of_fashion_mnist(tmp_path):
     (['few', '--forms', 'plane'], "Unknown form 'plane'"),
     (['few', '--data', 'nowhere'], "No 'train-images-idx3-ubyte.gz' in 'nowhere'"),
     (['few', '--table-only'], 'no runs of these settings'),
+    (['few', '--seed-range', '5', '6'], 'no runs of these settings'),
 ])
 def test_a_study_on_wrong_input(arguments, message, tmp_path, monkeypatch, capsys):
     """What cannot be run is said in a line, and no table is written."""
@@ -290,12 +315,22 @@ def test_intraclass_correlation():
     assert reward_signal.intraclass(image + noise) == pytest.approx(0.5, abs=0.03)
 
 
+def test_partial_ranks():
+    """What two values have from a third alone is taken away; what they have of their own stays."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, shared, own = torch.randn(4, 4000, generator=generator)
+    assert reward_signal.ranks_together(a + shared, b + shared) > 0.4
+    assert abs(reward_signal.partial_ranks(a + shared, b + shared, shared)) < 0.05
+    assert reward_signal.partial_ranks(a + shared + own, b + shared + own, shared) > 0.4
+
+
 def test_exact_gains_by_hand():
     """1 - p'/p of each site, with the map swapped by hand."""
     model = fashion.network('se', 0.25, 0).eval()
     images, labels = torch.randn(6, 1, 32, 32), torch.arange(6)
-    gains, right = reward_signal.exact_gains(model, images, labels)
+    gains, right, known = reward_signal.exact_gains(model, images, labels)
     probabilities = model(images).softmax(1)
+    torch.testing.assert_close(known.exp(), probabilities[range(6), labels])
     assert torch.equal(right, probabilities.argmax(1) == labels)
     modules = [module for module in model.modules() if isinstance(module, SEModule)]
     for column, module in enumerate(modules):
@@ -313,7 +348,13 @@ def test_directions_are_gradients():
     data = torch.randn(32, 1, 32, 32), torch.randint(10, (32,))
     told = reward_signal.steps_along(task, data, data, 1e-3, 0)
     assert told['steps']['class']['same']['loss'] < 0
-    assert told['steps']['direct']['same']['gain'] > told['steps']['random']['same']['gain']
+    for measured in ('gain', 'scaled'):
+        assert told['steps']['direct']['same'][measured] > told['steps']['random']['same'][measured]
+    gains, right, known = reward_signal.exact_gains(model, *data)
+    before, gains = told['before']['new'], gains[right]
+    assert before['loss'] == pytest.approx(-known.mean().item())
+    assert before['gain'] == pytest.approx(gains.sum(1).mean().item())
+    assert before['scaled'] == pytest.approx((gains.mean(0) / gains.std(0)).sum().item(), rel=1e-4)
     found = reward_signal.directions(task, data, 0)
     assert told['cosine_class_log'] == pytest.approx(reward_signal._cosine(found['class'], found['log']))
     assert 0.9 < told['cosine_class_log'] < 1
