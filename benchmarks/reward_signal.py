@@ -316,7 +316,7 @@ def main() -> None:
             told = {
                 f'{key} {where}': [s['steps'][name][where][key] for s in steps]
                 for where in ('same', 'new') for key in _MEASURED}
-            print(f'  along {name:8}' + '  '.join(f'{k} {sum(v) / len(v):+.5f}' for k, v in told.items()))
+            print(f'  along {name:9}' + '  '.join(f'{k} {sum(v) / len(v):+.5f}' for k, v in told.items()))
         for where, first in steps[0]['before'].items():
             print(f'  before, {where}: ' + '  '.join(
                 f"{key} {sum(s['before'][where][key] for s in steps) / len(steps):.4f}" for key in first))
