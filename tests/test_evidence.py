@@ -31,9 +31,9 @@ DIRECTIONS = {
     "that of the chosen form, all images' log-likelihood": 'log', 'the same, shuffled': 'shuffled'}
 
 
-def rows_of(path):
-    """Rows of a committed table by form and weight, computed again from its runs."""
-    runs = learning.read(path.with_suffix(''), json.loads(path.read_text())['settings'])
+def rows_of(path, seeds=None):
+    """Rows of a committed table by form and weight, computed again from its runs, or from those of some seeds."""
+    runs = learning.read(path.with_suffix(''), json.loads(path.read_text())['settings'], seeds)
     return {(row['form'], row['weight']): row for row in learning.table(runs)}
 
 
@@ -42,6 +42,12 @@ def table_of(command):
     words = shlex.split(command, comments=True)
     attention = words[words.index('--attention') + 1] if '--attention' in words else 'se'
     return RESULTS / 'learning' / f'{words[2]}-{attention}.json'
+
+
+def seeds_of(command):
+    """First and last seed that a command's table is of, where it says so."""
+    found = re.search(r'--seed-range (\d+) (\d+)', command)
+    return [int(number) for number in found.groups()] if found else None
 
 
 def difference(row, other):
@@ -71,7 +77,7 @@ def test_printed_lines_are_those_of_the_runs():
     for document in DOCUMENTS:
         blocks = re.findall(r'```\n\$ (python benchmarks/learning.py .*?)\n(.*?)```', document.read_text(), re.DOTALL)
         for command, block in blocks:
-            known = {learning.tell(row).rstrip() for row in rows_of(table_of(command)).values()}
+            known = {learning.tell(row).rstrip() for row in rows_of(table_of(command), seeds_of(command)).values()}
             lines = [line for line in block.splitlines() if re.search(r'% in +\d+ s, \d+ seeds', line)]
             assert lines, block
             assert not [line for line in lines if line not in known]
@@ -117,6 +123,27 @@ def test_the_answer_is_that_of_the_runs(document):
         assert cells_of(cells) == [difference(row, 'plain'), difference(row, 'shuffled'), str(row['seeds'])]
 
 
+@pytest.mark.parametrize('document', ['README.md', 'docs/evidence.md'])
+def test_what_is_said_of_all_images(document):
+    """Both say what fresh seeds have, and what time is worth there."""
+    fresh = rows_of(RESULTS / 'learning' / 'full-se.json')['direct-log-full', None]
+    longer = rows_of(RESULTS / 'learning' / 'all-se.json')['plain*1.3', None]
+    words = ' '.join((ROOT / document).read_text().split())
+    assert f"With all 60,000 images it leans to a gain, {difference(fresh, 'plain')} to plain training and " \
+           f"{difference(fresh, 'shuffled')} to its control ({fresh['seeds']} fresh seeds)" in words
+    assert f"plain training with its time gains {difference(longer, 'plain')} ({longer['seeds']} seeds)" in words
+
+
+def test_all_images_together():
+    """The difference over the seeds of both studies of all images, which no command prints."""
+    runs = [
+        run for path in (RESULTS / 'learning' / 'all-se.json', RESULTS / 'learning' / 'full-se.json')
+        for run in learning.read(path.with_suffix(''), json.loads(path.read_text())['settings'])]
+    row = next(row for row in learning.table(runs) if row['form'] == 'direct-log-full')
+    assert f"the {row['minus_plain_seeds']} are at {difference(row, 'plain')} and {difference(row, 'shuffled')}" in (
+        ' '.join(EVIDENCE.split()))
+
+
 def test_tables_of_the_signal_are_those_of_its_trainings():
     """Every number of what the reward says and the critic knows, and of the steps along each direction."""
     commands = re.findall(r'^`python benchmarks/reward_signal.py --form (\S+)`', EVIDENCE, re.MULTILINE)
@@ -143,4 +170,18 @@ def test_tables_of_the_signal_are_those_of_its_trainings():
                     digits = len(text.partition('.')[2])
                     assert float(text) == pytest.approx(value, abs=0.501 * 10 ** -digits), (label, text)
                     numbers += 1
-    assert numbers >= 28 + 6 * 12 + 16 + 3 * 12
+    assert numbers >= 28 + 6 * 12 + 16 + 6 * 12
+
+
+def test_ranks_of_three_trainings_are_theirs():
+    """How the critic of each form orders gains, a number for each of three seeds, also where p is held fixed."""
+    keys = {
+        'with the gain': 'critic_rank', 'p with the gain': 'p_rank', 'with the gain, given p': 'critic_rank_given_p'}
+    told = re.findall(r'^\| `(\S+)`, ((?:p )?with the gain.*?) \| (.*) \|$', EVIDENCE, re.MULTILINE)
+    assert sorted((form, label) for form, label, _ in told) == sorted(
+        (form, label) for form in ('split', 'capacity-inputs-share') for label in keys)
+    for form, label, cells in told:
+        trainings = [json.loads((RESULTS / f'signal-fashion-se-{form}-{seed}.json').read_text()) for seed in range(3)]
+        assert [training['rows'][-1]['epoch'] for training in trainings] == [5, 5, 5]
+        groups = zip(*(training['rows'][-1]['groups'] for training in trainings), strict=True)
+        assert cells_of(cells) == [', '.join(f'{group[keys[label]]:.2f}' for group in stage) for stage in groups]
