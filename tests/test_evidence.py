@@ -185,3 +185,21 @@ def test_ranks_of_three_trainings_are_theirs():
         assert [training['rows'][-1]['epoch'] for training in trainings] == [5, 5, 5]
         groups = zip(*(training['rows'][-1]['groups'] for training in trainings), strict=True)
         assert cells_of(cells) == [', '.join(f'{group[keys[label]]:.2f}' for group in stage) for stage in groups]
+
+
+def test_steps_of_three_trainings_are_theirs():
+    """The gain in standard deviations before a step and how it changes, a number for each of three seeds."""
+    told = re.findall(r'^\| `(\S+)`, (before a step|along .*?) \| (.*) \|$', EVIDENCE, re.MULTILINE)
+    assert len(told) == 2 * 5
+    for form, label, cells in told:
+        trainings = [json.loads((RESULTS / f'signal-fashion-se-{form}-{seed}.json').read_text()) for seed in range(3)]
+        for where, cell in zip(('same', 'new'), cells_of(cells), strict=True):
+            texts = []
+            for training in trainings:
+                pushes = training['rows'][-1]['pushes']
+                if label == 'before a step':
+                    texts.append(f"{statistics.mean(push['before'][where]['scaled'] for push in pushes):.2f}")
+                else:
+                    steps = [push['steps'][DIRECTIONS[label.removeprefix('along ')]][where] for push in pushes]
+                    texts.append(f"{statistics.mean(step['scaled'] for step in steps):+.3f}")
+            assert cell == ', '.join(texts), (form, label)
