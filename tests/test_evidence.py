@@ -31,10 +31,14 @@ DIRECTIONS = {
     "that of the chosen form, all images' log-likelihood": 'log', 'the same, shuffled': 'shuffled'}
 
 
+def runs_of(path, seeds=None):
+    """The runs of a committed table, or those of some seeds."""
+    return learning.read(path.with_suffix(''), json.loads(path.read_text())['settings'], seeds)
+
+
 def rows_of(path, seeds=None):
     """Rows of a committed table by form and weight, computed again from its runs, or from those of some seeds."""
-    runs = learning.read(path.with_suffix(''), json.loads(path.read_text())['settings'], seeds)
-    return {(row['form'], row['weight']): row for row in learning.table(runs)}
+    return {(row['form'], row['weight']): row for row in learning.table(runs_of(path, seeds))}
 
 
 def table_of(command):
@@ -136,9 +140,7 @@ def test_what_is_said_of_all_images(document):
 
 def test_all_images_together():
     """The difference over the seeds of both studies of all images, which no command prints."""
-    runs = [
-        run for path in (RESULTS / 'learning' / 'all-se.json', RESULTS / 'learning' / 'full-se.json')
-        for run in learning.read(path.with_suffix(''), json.loads(path.read_text())['settings'])]
+    runs = [run for name in ('all-se', 'full-se') for run in runs_of(RESULTS / 'learning' / f'{name}.json')]
     row = next(row for row in learning.table(runs) if row['form'] == 'direct-log-full')
     assert f"the {row['minus_plain_seeds']} are at {difference(row, 'plain')} and {difference(row, 'shuffled')}" in (
         ' '.join(EVIDENCE.split()))
