@@ -19,6 +19,8 @@ __all__ = ['main']
 
 def _train(args: argparse.Namespace) -> int:
     from dreal_timm.train import describe, load_config, run
+    from dreal_timm.train.launch import fast_kernels
+    fast_kernels()
     results = run(load_config(args.recipe, args.settings))
     print(describe(results))
     return 1 if results['pushed'] == '' else 0

@@ -41,13 +41,13 @@ def _kept_stats(module: Any, output: torch.Tensor) -> Stats | None:
         return None
     node: Any = output.grad_fn
     for _ in range(3):  # norm, dropout and activation may be one module
-        if node is None or node.name() in _NODES:
-            break
+        if node is None:
+            return None
+        if node.name() in _NODES:
+            mean, inverse = node._saved_result1, node._saved_result2
+            return mean, (inverse.double().pow(-2) - module.eps).clamp(min=0).to(inverse.dtype)
         node = node.next_functions[0][0] if node.next_functions else None
-    if node is None or node.name() not in _NODES:
-        return None
-    mean, inverse = node._saved_result1, node._saved_result2
-    return mean, (inverse.double().pow(-2) - module.eps).clamp(min=0).to(inverse.dtype)
+    return None
 
 
 def _batch_stats(module: nn.Module, x: torch.Tensor) -> Stats:

@@ -20,6 +20,7 @@ from dreal_timm.attention import Group, Site
 from dreal_timm.flow import Flow
 from dreal_timm.passes import Entry, Judged, class_log_probability, counterfactual, log_probabilities, travel
 from dreal_timm.restart import Restart, keep_inputs, select
+from dreal_timm.transfer import to_device
 
 __all__ = ['PROBES', 'ExactProbe', 'Probe', 'SplitProbe']
 
@@ -207,11 +208,12 @@ class SplitProbe(Probe):
         asked = right if device.type == 'cpu' else torch.ones_like(group, dtype=torch.bool)
         depth = {name: index for index, name in enumerate(self.flow.restarts)}
         columns = sorted(range(len(sites)), key=lambda column: depth[sites[column].name])
-        rows = {column: (asked & (group == column)).nonzero().squeeze(1).to(device) for column in columns}
+        rows = {
+            column: to_device((asked & (group == column)).nonzero().squeeze(1), device) for column in columns}
         columns = [column for column in columns if len(rows[column])]
         restarts = [self.restart(judged, sites[column]) for column in columns]
         found = [restart for restart in restarts if restart is not None]
-        on_device = group.to(device)
+        on_device = to_device(group, device)
         answer = torch.zeros(len(target), device=device)
         if columns and (len(found) < len(restarts) or _nested(found)):
             self._tell(judged, sites)

@@ -27,6 +27,7 @@ from dreal_timm.rotation import Rotation
 from dreal_timm.share import ActorShare
 from dreal_timm.taylor import TaylorMeasure
 from dreal_timm.trainable import DrealTrainableModule
+from dreal_timm.transfer import to_device
 
 __all__ = ['DrealTask']
 
@@ -236,7 +237,8 @@ class DrealTask(ClassificationTask):
             self._check_trainable()
         columns = [self._columns[site.name] for site in measured.sites]
         with torch.autocast(input.device.type, enabled=False):
-            quality = judged['critic_quality'][:, [column for column, _ in columns]]
+            index = to_device(torch.tensor([column for column, _ in columns]), input.device)
+            quality = judged['critic_quality'].index_select(1, index)
             l_q = self._actor_loss(judged, measured.right)
             l_r = reduce_critic_loss(critic_loss(quality, measured.reward), [group for _, group in columns])
             # 0 times the sum: every critic parameter has a gradient in every step, as DDP needs

@@ -21,6 +21,7 @@ from dreal_timm.measure import Measure, Measured
 from dreal_timm.passes import log_probabilities
 from dreal_timm.reward import is_correct
 from dreal_timm.trainable import DrealTrainableModule, first_order
+from dreal_timm.transfer import to_device
 
 __all__ = ['TAYLOR_SITES', 'Pending', 'TaylorMeasure', 'check_criterion']
 
@@ -218,7 +219,7 @@ class TaylorMeasure(Measure):
                 for name, tensors in judged.get('descriptors', {}).items()}
             self.pending = Pending(
                 states, maps, taps, is_correct(log_probabilities(output), classes), known,
-                self._asked(trainable).to(output.device), descriptors)
+                to_device(self._asked(trainable), output.device), descriptors)
         return judged, measured
 
     def _asked(self, trainable: DrealTrainableModule) -> torch.Tensor:

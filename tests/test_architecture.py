@@ -11,7 +11,7 @@ import dreal_timm
 ROOT = Path(dreal_timm.__file__).parent
 CORE = {
     'readers', 'gates', 'overrides', 'attention', 'capture', 'critic', 'draws', 'flow', 'losses', 'measure', 'norms',
-    'options', 'passes', 'probe', 'restart', 'reward', 'rotation', 'share', 'task', 'taylor', 'trainable',
+    'options', 'passes', 'probe', 'restart', 'reward', 'rotation', 'share', 'task', 'taylor', 'trainable', 'transfer',
 }
 ALLOWED = {
     'version': set(),
@@ -25,6 +25,7 @@ ALLOWED = {
     'rotation': set(),
     'losses': set(),
     'share': set(),
+    'transfer': set(),
     'norms': set(),
     'gates': {'readers'},
     'attention': {'readers', 'gates', 'overrides'},
@@ -33,14 +34,14 @@ ALLOWED = {
     'restart': {'overrides', 'attention', 'capture'},
     'flow': {'overrides', 'attention', 'draws', 'restart'},
     'passes': {'overrides', 'attention', 'capture', 'draws', 'norms', 'restart'},
-    'probe': {'attention', 'flow', 'passes', 'restart'},
+    'probe': {'attention', 'flow', 'passes', 'restart', 'transfer'},
     'trainable': {'readers', 'attention', 'capture', 'critic', 'norms', 'restart', 'rotation'},
     'measure': {'attention', 'draws', 'passes', 'probe', 'reward', 'trainable'},
-    'taylor': {'attention', 'measure', 'passes', 'reward', 'trainable'},
+    'taylor': {'attention', 'measure', 'passes', 'reward', 'trainable', 'transfer'},
     'options': {'norms', 'probe'},
     'task': {
         'readers', 'attention', 'critic', 'flow', 'losses', 'measure', 'options', 'probe', 'reward', 'rotation',
-        'share', 'taylor', 'trainable',
+        'share', 'taylor', 'trainable', 'transfer',
     },
     'data': {'errors'},
     'audit': CORE | {'layers', 'models', 'data', 'hub', 'errors', 'version'},

@@ -243,6 +243,31 @@ def test_recorded_statistics():
     torch.testing.assert_close(variance, x.var((0, 2, 3), unbiased=False))
 
 
+def test_statistics_of_a_batch_norm_of_another_kind():
+    """What autograd keeps for an earlier batch norm is not taken for that of one whose own node is not known."""
+
+    class Normalize(torch.autograd.Function):  # a node of its own, as a synchronised batch norm has
+        @staticmethod
+        def forward(ctx, x):
+            return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    class Other(nn.BatchNorm2d):
+        def forward(self, x):
+            return Normalize.apply(x)
+
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1), Other(3)).train()
+    seen = []
+    model[3].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    with record_norms(model) as norms:
+        model(make_batch()[0])
+    torch.testing.assert_close(norms['3'][0][0], seen[0].mean((0, 2, 3)))
+    torch.testing.assert_close(norms['3'][0][1], seen[0].var((0, 2, 3), unbiased=False))
+
+
 def test_statistics_of_all_processes(monkeypatch):
     """Statistics of parts, joined, are those of the whole (what a synchronised batch norm uses)."""
     torch.manual_seed(0)

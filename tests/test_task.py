@@ -11,11 +11,14 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreal_timm
 from dreal_timm import DrealTask
 from dreal_timm.attention import attention_parameters
 from dreal_timm.probe import ExactProbe
+from dreal_timm.train.finite import FiniteWatch
+from dreal_timm.train.progress import Meter
 
 SIZE = (3, 64, 64)
 
@@ -563,9 +566,30 @@ def test_public_surface():
     assert {'find_sites', 'register_attention', 'Reader', 'Critic'} <= set(dir(dreal_timm))
 
 
+class Copies(TorchDispatchMode):
+    """Counts the copies from the CPU to the meta device, and those of them that the host would wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.blocking = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name.startswith('index') and isinstance(args[1], (list, tuple)) and args[0].device.type == 'meta':
+            self.blocking += any(index is not None and index.device.type == 'cpu' for index in args[1])
+        if name in ('_to_copy', 'copy_') and output.device.type == 'meta':
+            source = args[1] if name == 'copy_' else args[0]
+            if source.device.type == 'cpu':
+                waits = not (kwargs or {}).get('non_blocking', args[2] if len(args) > 2 else False)
+                self.count, self.blocking = self.count + 1, self.blocking + waits
+        return output
+
+
 @pytest.mark.parametrize('attention', ATTENTION)
 def test_one_look_at_the_device_a_step(attention, probe, monkeypatch):
-    """A step reads one number from the device at most, how many samples are right, and only where some may stay behind.
+    """A step reads one number from the device at most, how many samples are right, and only where some may stay behind;
+    it sends nothing there that the host would wait for, nor do the meter and the watch over the loss.
 
     On the meta device, as on an accelerator, nothing can be read without the host waiting for it: there it is an error.
     """
@@ -574,16 +598,26 @@ def test_one_look_at_the_device_a_step(attention, probe, monkeypatch):
     task = make_task(model, probe=probe, device=torch.device('meta'))
     input, target = (tensor.to('meta') for tensor in make_batch(size=48))
 
+    groups = {site.name: group.name for group in task.groups for site in group.sites}
+    meter, watch, copies = Meter(groups), FiniteWatch(), Copies()
+
     def step():
-        result = task(input, target)
-        result['loss'].backward()
+        with copies:
+            result = task(input, target)
+            result['loss'].backward()
+            meter.update(result, target)
+            watch.update(0, result)
         return result
 
     looks = []
     rows = ExactProbe._rows
     monkeypatch.setattr(ExactProbe, '_rows', lambda self, right: looks.append(right.shape))
-    for _ in range(3):
+    assert step()['reward'].shape[0] == len(input)
+    copies.count, copies.blocking = 0, 0  # the first step of a process asks more
+    for _ in range(2):
         assert step()['reward'].shape[0] == len(input)
+    assert copies.count
+    assert copies.blocking == 0
     assert len(looks) == (3 if probe == 'exact' else 0)
     if probe == 'exact':
         monkeypatch.setattr(ExactProbe, '_rows', rows)

@@ -7,6 +7,7 @@ from accelerate import PartialState
 
 from dreal_timm.errors import one_line
 from dreal_timm.train import describe, load_config, run
+from dreal_timm.train.launch import fast_kernels
 
 if __name__ == '__main__':
     debug = '--debug' in sys.argv
@@ -16,6 +17,7 @@ if __name__ == '__main__':
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     for name in ('timm', 'accelerate'):
         logging.getLogger(name).setLevel(logging.WARNING)
+    fast_kernels()
     try:
         results = run(load_config(arguments[0], arguments[1:]))
         if PartialState().is_main_process:

@@ -14,13 +14,15 @@ from timm.models import safe_model_name
 from dreal_timm.train.checkpoint import LAST
 from dreal_timm.train.resume import is_last_of
 
-__all__ = ['launch', 'run_directory']
+__all__ = ['fast_kernels', 'launch', 'run_directory']
 
 _logger = logging.getLogger(__name__)
 
 
 def launch(config: SimpleNamespace) -> Accelerator:
     """Return Accelerate's accelerator: the launcher gives processes and devices, the recipe decides all else.
+
+    Flags of torch.backends (TF32, `cudnn.benchmark`, deterministic algorithms) stay as the caller has set them.
 
     Raises:
         ValueError: The launcher, or the device it gives, is not what the recipe needs.
@@ -62,10 +64,16 @@ def launch(config: SimpleNamespace) -> Accelerator:
         raise ValueError('amp_dtype: float16 needs a GPU; on a CPU use amp_dtype=bfloat16.')
     if config.sync_bn and accelerator.num_processes > 1 and device.type == 'cpu':
         raise ValueError('sync_bn: synchronised batch norm needs GPUs.')
-    if device.type == 'cuda':  # as timm's train.py
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
     return accelerator
+
+
+def fast_kernels() -> None:
+    """Let CUDA multiply float32 matrices in TF32 and cuDNN time its algorithms, as timm's train.py does.
+
+    For a command, which has a process of its own: `launch` leaves what the caller has set.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
 
 
 def run_directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main: bool) -> Path:

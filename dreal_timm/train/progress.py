@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from dreal_timm.reward import target_class
+from dreal_timm.transfer import to_device
 
 __all__ = ['Meter', 'Progress']
 
@@ -65,7 +66,7 @@ class Meter:
         names = tuple(result['probed'])
         if names not in self._columns:
             index = [self._names.index(self._groups[name]) for name in names]
-            self._columns[names] = torch.tensor(index, device=reward.device)
+            self._columns[names] = to_device(torch.tensor(index), reward.device)
         if self._probed is None:
             wide = torch.float32 if reward.device.type == 'mps' else torch.float64
             self._probed = torch.zeros(len(rows), len(self._names), dtype=wide, device=reward.device)

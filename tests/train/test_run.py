@@ -17,6 +17,7 @@ from small_run import recipe
 
 import dreal_timm
 from dreal_timm.train import datasets, load_config, loaders, run
+from dreal_timm.train import launch as launching
 from dreal_timm.train.validate import validate
 
 
@@ -282,3 +283,28 @@ def test_config_is_not_changed_for_the_caller(images, tmp_path):
     before = copy.deepcopy(vars(config))
     run(config)
     assert vars(config) == before
+
+
+def test_flags_of_the_backends_are_the_callers(monkeypatch):
+    """On a GPU, `launch` leaves TF32 and cudnn.benchmark as the caller has set them; the commands set both."""
+
+    class OnCuda:
+        device, num_processes = torch.device('cuda'), 1
+
+        def __init__(self, **kwargs):
+            pass
+
+        def wait_for_everyone(self):
+            pass
+
+    monkeypatch.setattr(launching, 'Accelerator', OnCuda)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, matmul.allow_tf32
+    try:
+        cudnn.benchmark, matmul.allow_tf32 = False, False
+        assert launching.launch(load_config({'device': None})).device.type == 'cuda'
+        assert not cudnn.benchmark and not matmul.allow_tf32
+        launching.fast_kernels()
+        assert cudnn.benchmark and matmul.allow_tf32
+    finally:
+        cudnn.benchmark, matmul.allow_tf32 = before
