@@ -4,7 +4,7 @@ Forward passes are the network's own; maps, batch norms and rewards are computed
 """
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.layers.squeeze_excite import SEModule
 from torch import nn
 
+from dreal_timm.attention import Group
 from dreal_timm.layers import SrmModule
 
 
@@ -104,7 +105,7 @@ def slow_rewards(
 
 def lstm_by_hand(cell: nn.LSTM, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Quality of each map of a group, Eq. 2 and 3, from the textbook equations of an LSTM with one unit."""
-    h = c = torch.zeros(len(inputs[0]), 1)
+    h = c = inputs[0].new_zeros(len(inputs[0]), 1)
     quality = []
     for x in inputs:
         gates = x @ cell.weight_ih_l0.T + cell.bias_ih_l0 + h @ cell.weight_hh_l0.T + cell.bias_hh_l0
@@ -139,3 +140,79 @@ def gru_by_hand(gru: nn.GRU, layer: int, inputs: list[torch.Tensor]) -> list[tor
             states[b] = new
         outputs.append(torch.tensor(states))
     return outputs
+
+
+def site_inputs(model: nn.Module, input: torch.Tensor, sites: Sequence[str], seed: int = 11) -> dict[str, torch.Tensor]:
+    """Inputs of some modules in a forward pass, which moves running statistics; `seed` is the global generator's."""
+    inputs: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.get_submodule(site).register_forward_pre_hook(
+            lambda module, args, site=site: inputs.update({site: args[0].detach()}))
+        for site in sites]
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        model(input)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def quality_by_hand(
+        model: nn.Module,
+        critic: Mapping[str, nn.Module],
+        groups: Sequence[Group],
+        inputs: Mapping[str, torch.Tensor],
+) -> list[torch.Tensor]:
+    """Quality of all maps, a (B, L) for each group, with maps by hand from the sites' inputs and the LSTM by hand.
+
+    Its graph reaches the attention parameters of the model and the critic's weights.
+    """
+    qualities = []
+    for group in groups:
+        rows = []
+        for site in group.sites:
+            x = inputs[site.name]
+            state = x.mean((2, 3)) if site.kind == 'channel' else x.mean(1).flatten(1)
+            rows.append(torch.cat([state, map_by_hand(model.get_submodule(site.name), x).flatten(1)], dim=1).float())
+        qualities.append(torch.cat(lstm_by_hand(critic[group.name].rnn, rows), dim=1))
+    return qualities
+
+
+def taylor_by_hand(
+        model: nn.Module,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        sites: Sequence[str],
+        seed: int = 11,
+        gamma: float = 1.0,
+        clip: float = 1.0,
+) -> torch.Tensor:
+    """Reward of each sample and site to first order, (B, P): the gradient of the summed log-probabilities at each map.
+
+    In training mode a map also moves the statistics of the other samples, in the gradient as in `probe='taylor'`.
+    """
+    model = copy.deepcopy(model)
+    BatchNormByHand(model)
+    maps: dict[str, torch.Tensor] = {}
+
+    def gated(module: nn.Module, site: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            maps[site] = map_by_hand(module, x)
+            maps[site].retain_grad()
+            return x * maps[site]
+        return forward
+
+    for site in sites:
+        module = model.get_submodule(site)
+        module.forward = gated(module, site)
+    torch.manual_seed(seed)
+    log_p = model(input).log_softmax(dim=1)
+    own = log_p.gather(1, target[:, None])
+    own.sum().backward()
+    right = (own >= log_p.amax(1, keepdim=True)).squeeze(1)
+    columns = []
+    for site in sites:
+        flat, gradient = maps[site].detach().flatten(1), maps[site].grad.flatten(1)
+        change = (gradient * (flat.mean(1, keepdim=True) - flat)).sum(1)
+        columns.append((1 - change.exp()).clamp(-clip, clip).where(right, torch.full_like(change, -gamma)))
+    return torch.stack(columns, dim=1)

@@ -3,7 +3,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import ATTENTION, make_batch, make_model
+from networks import ATTENTION, make_batch, make_model
 from oracle import map_by_hand
 from timm.layers import SEModule
 from torch import nn

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_batch, make_model
+from networks import make_batch, make_model
 from timm.task import TrainingTask
 
 from dreal_timm import DrealTask

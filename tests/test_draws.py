@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import correct_targets, make_batch
+from networks import correct_targets, make_batch
 from oracle import slow_rewards
 from timm.layers import DropBlock2d, DropPath
 from timm.layers.squeeze_excite import SEModule

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import correct_targets, make_batch, make_model
+from networks import correct_targets, make_batch, make_model
 from oracle import map_by_hand
 from scipy import stats
 from timm.layers import SEModule

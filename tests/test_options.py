@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import correct_targets, make_batch, make_model
+from networks import correct_targets, make_batch, make_model
 from oracle import map_by_hand
 from timm.layers import SEModule
 from timm.task import ClassificationTask

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ATTENTION, correct_targets, make_batch, make_model
+from networks import ATTENTION, correct_targets, make_batch, make_model
 from oracle import slow_rewards
 from timm.layers import EvoNorm2dB0, convert_splitbn_model
 from torch import nn

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import make_batch
+from networks import make_batch
 from timm.layers import create_attn
 from timm.layers.cbam import LightChannelAttn, LightSpatialAttn
 from timm.layers.coord_attn import StripAttn

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import correct_targets, make_batch, make_model
+from networks import correct_targets, make_batch, make_model
 from timm.layers.cbam import CbamModule
 from timm.layers.squeeze_excite import SEModule
 from timm.models.cspnet import CspStagesCfg, CspStemCfg

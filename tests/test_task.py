@@ -4,8 +4,8 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
-from conftest import ATTENTION, correct_targets, make_batch, make_model
-from oracle import lstm_by_hand, map_by_hand
+from networks import ATTENTION, correct_targets, make_batch, make_model
+from oracle import lstm_by_hand, map_by_hand, quality_by_hand, site_inputs
 from timm.layers import SEModule
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -37,32 +37,18 @@ def gradients(task, input, target, seed=11):
     return {name.removeprefix('model.'): p.grad.clone() for name, p in module.named_parameters()}
 
 
-def theta_names(model):
-    return set(attention_parameters(model, [s for g in make_task(copy.deepcopy(model)).groups for s in g.sites]))
-
-
 def actor_gradients_by_hand(model, input, task, seed=11):
-    """Gradient of L_q at the attention parameters: maps by hand from detached inputs, LSTM by hand."""
+    """L_q, and its gradient at the attention parameters."""
     model = copy.deepcopy(model).train()
-    inputs = {}
-    for group in task.groups:
-        for site in group.sites:
-            module = model.get_submodule(site.name)
-            module.register_forward_pre_hook(lambda m, a, name=site.name: inputs.update({name: a[0].detach()}))
-    torch.manual_seed(seed)
-    model(input)
-    loss = 0
-    for group in task.groups:
-        rows = []
-        for site in group.sites:
-            x = inputs[site.name]
-            state = x.mean((2, 3)) if site.kind == 'channel' else x.mean(1).flatten(1)
-            rows.append(torch.cat([state, map_by_hand(model.get_submodule(site.name), x).flatten(1)], dim=1).float())
-        cell = task.get_trainable_module().critic[group.name].rnn
-        loss = loss - sum(lstm_by_hand(cell, rows)).mean()
-    model.zero_grad()
+    inputs = site_inputs(model, input, [site.name for group in task.groups for site in group.sites], seed)
+    quality = quality_by_hand(model, task.get_trainable_module().critic, task.groups, inputs)
+    loss = -torch.cat(quality, dim=1).sum(1).mean()
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def theta_names(model):
+    return set(attention_parameters(model, [s for g in make_task(copy.deepcopy(model)).groups for s in g.sites]))
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(drop_rate=0.2, drop_path_rate=0.2)])

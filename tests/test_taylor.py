@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import correct_targets, make_batch, make_model
 from equal import assert_equal
-from oracle import lstm_by_hand, map_by_hand
+from networks import correct_targets, make_batch, make_model
+from oracle import map_by_hand, quality_by_hand
 from timm.layers import SEModule, set_reentrant_ckpt
 from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.loss import (
@@ -146,19 +146,6 @@ def keep_inputs(model):
         handles.append(module.register_forward_pre_hook(
             lambda m, args, site=site: inputs.update({site: args[0].detach()})))
     return inputs, handles
-
-
-def quality_by_hand(model, critic, groups, inputs):
-    """Quality of all maps, a (B, L) for each group, with maps by hand from the sites' inputs and the LSTM by hand."""
-    qualities = []
-    for group in groups:
-        rows = []
-        for site in group.sites:
-            x = inputs[site.name]
-            state = x.mean((2, 3)) if site.kind == 'channel' else x.mean(1).flatten(1)
-            rows.append(torch.cat([state, map_by_hand(model.get_submodule(site.name), x).flatten(1)], dim=1).float())
-        qualities.append(torch.cat(lstm_by_hand(critic[group.name].rnn, rows), dim=1))
-    return qualities
 
 
 @pytest.mark.parametrize('mode', MODES)

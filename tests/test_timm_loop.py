@@ -3,8 +3,8 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import make_batch, make_model
 from equal import assert_equal
+from networks import make_batch, make_model
 from timm.task import ClassificationTask
 from timm_loop import train
 

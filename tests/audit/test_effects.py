@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 import timm
 import torch
-from conftest import correct_targets, make_batch, make_model
+from networks import correct_targets, make_batch, make_model
 from small_run import copied
 from torch import nn
 

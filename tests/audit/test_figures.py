@@ -10,8 +10,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from matplotlib.figure import Figure
+from networks import make_model
 from safetensors.torch import save_file
 
 from dreal_timm import DrealTask

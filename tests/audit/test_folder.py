@@ -10,7 +10,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import make_model
+from networks import make_model
 from PIL import Image
 
 from dreal_timm import DrealTask

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import timm
 import torch
-from conftest import ATTENTION, make_batch
+from networks import ATTENTION, make_batch
 from safetensors.torch import save_file
 from small_run import recipe, write_images
 

@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import make_model
 from huggingface_hub import ModelCard
+from networks import make_model
 from safetensors.torch import load_file
 from small_run import recipe, write_images
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import make_model
+from networks import make_model
 from safetensors.torch import load_file
 from torch import nn
 

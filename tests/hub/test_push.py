@@ -13,9 +13,9 @@ from functools import partial
 import pytest
 import timm
 import torch
-from conftest import make_model
 from fake_hub import TOKEN
 from huggingface_hub import constants
+from networks import make_model
 from safetensors.torch import load_file, save_file
 from timm.models import _registry
 

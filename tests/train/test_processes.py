@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from conftest import make_batch, make_model
+from networks import make_batch, make_model
 from PIL import Image
 from reid.pictures import PEOPLE, market
 from small_run import SE, recipe, write_images
