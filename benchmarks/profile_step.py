@@ -8,12 +8,14 @@ back to the system at the end of a step, and gets again.
 import argparse
 import copy
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import report
 import step_time
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,11 +45,18 @@ def times(stepper: step_time.Stepper, batch: tuple[torch.Tensor, torch.Tensor], 
     with profile(activities=kinds) as recorded:
         for _ in range(steps):
             stepper.step(batch)
+    # operations alone: on a GPU the kernels that they launch are events too, of the same time
     return {
         event.key: ((event.self_device_time_total if batch[0].is_cuda else event.self_cpu_time_total) / 1e3 / steps,
                     event.count / steps)
-        for event in recorded.key_averages()
+        for event in recorded.key_averages() if event.device_type == DeviceType.CPU
     }
+
+
+def extra(found: Mapping[str, tuple], plain: Mapping[str, tuple], top: int) -> list[tuple[float, str]]:
+    """Return the operations that take most milliseconds more than in plain training, the most first."""
+    more = ((found[key][0] - plain.get(key, (0.0, 0.0))[0], key) for key in found)
+    return sorted(more, reverse=True)[:top]
 
 
 def main() -> None:
@@ -84,13 +93,13 @@ def main() -> None:
         floor = f'{count / 1e9:.1f} GFLOP a step, floor {count / base:.3f}'
         print(f'{probe:6} {floor}; {total:.0f} ms, {total / before:.3f}; {pages:.0f} page faults')
         zero = (0.0, 0.0)
-        extra = sorted(((found[key][0] - plain.get(key, zero)[0], key) for key in found), reverse=True)[:args.top]
-        for milliseconds, key in extra if probe != 'plain' else []:
+        most = extra(found, plain, args.top)
+        for milliseconds, key in most if probe != 'plain' else []:
             calls = f'{plain.get(key, zero)[1]:6.0f} calls, {found[key][1]:6.0f} now'
             print(f'    {milliseconds:+8.1f} ms  {key:45} {calls}')
         rows.append({
             'probe': probe, 'gflop': count / 1e9, 'floor': count / base, 'milliseconds': total,
-            'ratio': total / before, 'page_faults': pages, 'operations': {key: found[key] for _, key in extra},
+            'ratio': total / before, 'page_faults': pages, 'operations': {key: found[key] for _, key in most},
         })
     report.write(args.output or report.RESULTS / f'profile-{device.type}.json', header, rows)
 

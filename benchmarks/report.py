@@ -14,7 +14,6 @@ from typing import Any
 import accelerate
 import timm
 import torch
-from scipy import stats
 
 import dreal_timm
 
@@ -75,6 +74,7 @@ def tell(values: Mapping[str, float], digits: int = 3) -> str:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean of some values and half of its 95% interval (Student's t); NaN for one value."""
+    from scipy import stats
     mean, n = statistics.mean(values), len(values)
     return mean, float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 

@@ -173,7 +173,11 @@ def measure_time(name: str, share: float, args: argparse.Namespace, device: torc
     for task in reinforced:
         task._trainable.rotation.step = 0
     seconds: dict[str, list[list[float]]] = {probe: [] for probe in steppers}  # of rounds, of steps
-    for _ in range(args.rounds):
+    started = time.perf_counter()
+    for done in range(args.rounds):
+        spent = time.perf_counter() - started
+        if args.seconds and done and spent * (done + 1) / done > args.seconds:  # another one would not end in time
+            break
         for times in seconds.values():
             times.append([])
         for index in range(steps):
@@ -241,6 +245,7 @@ def main() -> None:
     parser.add_argument('--probe-every', type=int, default=1)
     parser.add_argument('--begin', choices=('site', 'block', 'image'), default='site', help='of counterfactual passes')
     parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--seconds', type=float, help='no further round that would end later')
     parser.add_argument('--steps', type=int, help='steps of a round; as many as visit every site')
     parser.add_argument('--warm-up', type=int, default=2)
     parser.add_argument('--memory', type=int, default=3, help='processes whose peak is taken; 0 measures none')

@@ -10,7 +10,7 @@ from torch import nn
 import dreal_timm  # noqa: F401
 from dreal_timm.layers import SrmModule
 
-_GROUP_NORM = partial(GroupNorm, num_groups=8)
+GROUP_NORM = partial(GroupNorm, num_groups=8)
 _LAYERS = {
     'se': 'se',
     'cbam': partial(CbamModule, mlp_bias=True),
@@ -27,7 +27,7 @@ def make_model(attention: str = 'se', seed: int = 0, group_norm: bool = False, n
     """
     torch.manual_seed(seed)
     if group_norm:
-        kwargs['norm_layer'] = _GROUP_NORM
+        kwargs['norm_layer'] = GROUP_NORM
     return randomise(timm.create_model(
         'test_resnet', num_classes=num_classes, zero_init_last=False,
         block_args=dict(attn_layer=_LAYERS[attention]), **kwargs,

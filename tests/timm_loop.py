@@ -16,7 +16,8 @@ def train_one_epoch(task, batches, optimizer, loss_scaler=None, accum_steps=1, c
     trainable_module = task.get_trainable_module()
     trainable_module.train()
     has_no_sync = hasattr(trainable_module, 'no_sync')
-    autocast = torch.autocast('cpu', dtype=amp_dtype) if amp_dtype else nullcontext()
+    device = next(trainable_module.parameters()).device.type
+    autocast = torch.autocast(device, dtype=amp_dtype) if amp_dtype else nullcontext()
     optimizer.zero_grad()
     losses, updates = [], 0
     for index, (input, target) in enumerate(batches):

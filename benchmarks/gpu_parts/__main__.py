@@ -1,0 +1,40 @@
+"""One part, in a process that ends in time: `python -m gpu_parts PART --device cuda --output FILE --seconds N`"""
+import argparse
+import faulthandler
+import importlib
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from gpu_parts.record import Record
+from gpu_parts.table import choose
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('part')
+    parser.add_argument('--device', required=True)
+    parser.add_argument('--output', type=Path, required=True, help='JSON file, which has an entry for the part')
+    parser.add_argument('--seconds', type=float, required=True, help='time until it must have ended')
+    parser.add_argument('--small', action='store_true')
+    args = parser.parse_args()
+    # says where it hangs, and ends the process even if the command that started it was killed
+    faulthandler.dump_traceback_later(args.seconds, exit=True)
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    device = torch.device(args.device)
+    if device.type == 'cuda':
+        # errors are those of float32, and the same kernels are taken each time
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    else:
+        torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '2')))
+    part, = choose([args.part])
+    record = Record(args.output, part.name, args.seconds - min(8.0, args.seconds / 5))
+    module = importlib.import_module(f"gpu_parts.{part.name.split('.')[-1]}")
+    module.main(record, device, args.small)
+
+
+if __name__ == '__main__':
+    main()

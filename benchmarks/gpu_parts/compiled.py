@@ -1,0 +1,50 @@
+"""right.compiled: a compiled task has the rewards and gradients of an eager one"""
+import math
+from functools import partial
+
+import torch
+
+from gpu_parts.case import Case, gradients_of, largest
+from gpu_parts.record import Record
+
+__all__ = ['main']
+
+REWARD = 1e-3  # of a probability
+GRADIENT = 1e-2  # of the gradient's length
+
+
+def check(record: Record, attention: str, probe: str, device: torch.device, small: bool) -> None:
+    """Two steps of both: 'taylor' has its rewards in the second."""
+    torch._dynamo.reset()
+    case = Case(attention, device, small, depth=18)
+    found, rewards = {}, {}
+    for kind in ('eager', 'compiled'):
+        task = case.task(probe)
+        if kind == 'compiled':
+            task.compile(backend='inductor')
+        for _ in range(2):
+            task.get_trainable_module().zero_grad()
+            result = case.step(task)
+            result['loss'].backward()
+        found[kind], rewards[kind] = gradients_of(task.get_trainable_module()), result['reward']
+    asked = ~rewards['eager'].isnan()
+    if not torch.equal(asked, ~rewards['compiled'].isnan()) or not asked.any():
+        raise AssertionError('other samples have a reward')
+    prefix = f'{attention}.{probe}'
+    record.near(
+        f'{prefix}.reward', largest(rewards['compiled'][asked], rewards['eager'][asked]), REWARD,
+        spread=rewards['eager'][asked].std().item())
+    error, length = (
+        math.sqrt(sum(value.square().sum().item() for value in values))
+        for values in (
+            [found['compiled'][name] - value for name, value in found['eager'].items()], found['eager'].values()))
+    record.near(f'{prefix}.gradient', error / length, GRADIENT, length=length)
+
+
+def main(record: Record, device: torch.device, small: bool) -> None:
+    pairs = [('se', 'taylor')]
+    if not small:
+        pairs += [('se', 'exact'), ('se', 'split'), ('cbam', 'split'), ('srm', 'split')]
+    for attention, probe in pairs:
+        names = [f'{attention}.{probe}.{what}' for what in ('reward', 'gradient')]
+        record.run(names, partial(check, record, attention, probe, device, small), seconds=5)
