@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -48,17 +49,22 @@ def look(site: str) -> dict[str, Any]:
     return json.loads(found.stdout)
 
 
+def canonical(name: str) -> str:
+    """Return the name of a package as the index writes it."""
+    return re.sub(r'[-_.]+', '-', name).lower()
+
+
 def unpack(wheels: Path, site: str, missing: Sequence[str]) -> None:
     """Unpack the wheels of missing packages, and of all that is not installed: a wheel is an archive of its modules."""
     from importlib import metadata
     for wheel in sorted(wheels.glob('*.whl')):
-        name = wheel.name.split('-')[0].replace('_', '-').lower()
+        name = canonical(wheel.name.split('-')[0])
         try:
             metadata.version(name)
         except metadata.PackageNotFoundError:
             pass
         else:
-            if name not in missing:
+            if name not in {canonical(each) for each in missing}:
                 continue
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)

@@ -3,13 +3,10 @@ import json
 import re
 import shlex
 import statistics
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / 'benchmarks'))
 import learning
+import pytest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'

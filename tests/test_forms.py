@@ -7,9 +7,14 @@ import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import fashion
+import forms
+import learning
+import learning_figure
 import pytest
+import report
+import reward_signal
 import torch
 from networks import correct_targets, make_batch, make_model
 from oracle import map_by_hand
@@ -20,14 +25,6 @@ from torch.nn.functional import cross_entropy
 from torchvision.datasets import FashionMNIST
 
 from dreal_timm import DrealTask, taylor
-
-sys.path.insert(0, str(Path(__file__).parent.parent / 'benchmarks'))
-import fashion
-import forms
-import learning
-import learning_figure
-import report
-import reward_signal
 
 CPU = torch.device('cpu')
 

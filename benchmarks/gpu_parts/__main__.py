@@ -4,12 +4,22 @@ import faulthandler
 import importlib
 import logging
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import torch
 
 from gpu_parts.record import Record
 from gpu_parts.table import choose
+
+
+def end_with(parent: int) -> None:
+    """End this process and all that it started when its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:
@@ -20,8 +30,9 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, required=True, help='time until it must have ended')
     parser.add_argument('--small', action='store_true')
     args = parser.parse_args()
-    # says where it hangs, and ends the process even if the command that started it was killed
-    faulthandler.dump_traceback_later(args.seconds, exit=True)
+    faulthandler.dump_traceback_later(args.seconds, exit=True)  # says where it hangs
+    if os.getpgrp() == os.getpid():  # started by the command, with a group of its own
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     device = torch.device(args.device)
     if device.type == 'cuda':

@@ -9,7 +9,7 @@ from gpu_parts.record import Record
 
 __all__ = ['main']
 
-REWARD = 1e-3  # of a probability
+REWARD = 1e-4  # of a probability
 GRADIENT = 1e-2  # of the gradient's length
 
 

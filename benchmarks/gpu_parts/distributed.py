@@ -17,7 +17,7 @@ from gpu_parts.record import Record
 
 __all__ = ['main']
 
-REWARD = 1e-3  # of a probability
+REWARD = 1e-4  # of a probability
 GRADIENT = 1e-3  # of a gradient's length
 STATISTICS = 1e-4  # of a running mean or variance
 NORMS = {'one': False, 'two': True, 'sync_bn': False}  # group norm: a part of a batch is normalised as the whole

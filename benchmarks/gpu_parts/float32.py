@@ -23,8 +23,8 @@ from gpu_parts.table import ATTENTION
 
 __all__ = ['main']
 
-REWARD = 1e-3  # of a probability; a map's reward has a standard deviation of a hundredth and more
-KINKS = 1e-2  # rms
+REWARD = 1e-4  # of a probability; rewards have a standard deviation of a hundredth and more
+KINKS = 1e-3  # rms, of a probability
 GRADIENT = 1e-3  # of a gradient's length; kernels may add in any order
 NULL = 1e-4  # log-probability (nats)
 
@@ -39,7 +39,7 @@ def check_reward(record: Record, case: Case, name: str, probe: str, dtype: torch
         raise AssertionError(f'rewards a sample: {sorted(set(per_sample.tolist()))}')
     right = result['right'].cpu()[:, None]
     spread = expected[(asked & right)].std().item()
-    if not spread > 5 * REWARD:
+    if not spread > 50 * REWARD:
         raise AssertionError(f'the maps hardly matter: rewards spread by {spread:.2g}')
     record.near(name, largest(found[asked], expected[asked]), REWARD, spread=spread, rewards=int(asked.sum()))
 

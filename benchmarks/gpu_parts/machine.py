@@ -2,6 +2,7 @@
 import importlib
 import json
 import platform
+import re
 import sys
 from importlib import metadata
 from typing import Any
@@ -17,10 +18,10 @@ def numbers(version: str) -> tuple[int, ...]:
     """'2.11.0+cu130' -> (2, 11, 0)."""
     found = []
     for part in version.split('+')[0].split('.'):
-        digits = ''.join(character for character in part if character.isdigit())
-        if not digits:
+        digits = re.match(r'\d+', part)
+        if digits is None:
             break
-        found.append(int(digits))
+        found.append(int(digits.group()))
     return tuple(found)
 
 
@@ -49,6 +50,7 @@ def main() -> None:
     }
     if 'torch' not in found['missing']:
         import torch
+        found['versions']['torch'] = torch.__version__  # with the version of CUDA
         if torch.cuda.is_available():
             found['cuda'] = torch.cuda.get_device_name()
     if not found['missing'].keys() - {'scikit-learn', 'scipy'}:
