@@ -95,7 +95,7 @@ def _rest(device: str, small: bool) -> list[str]:
 PARTS = (
     Part('right.float32', 45, _float32),
     Part('right.low_precision', 40, _low_precision),
-    Part('right.compiled', 65, _compiled),
+    Part('right.compiled', 80, _compiled),
     Part('right.distributed', 40, _distributed),
     Part('cost', 190, _cost),
     Part('loop', 40, _loop),
