@@ -21,14 +21,14 @@ from dreal_timm.measure import Measure, Measured
 from dreal_timm.overrides import scratch_buffers
 from dreal_timm.taylor import TaylorMeasure
 
-_TAYLOR: dict[str, Any] = dict(probe='taylor')
-_EXACT: dict[str, Any] = dict(probe='exact', rotate='epoch')
+_TAYLOR: dict[str, Any] = dict(actor_weight=1.0, probe='taylor')
+_EXACT: dict[str, Any] = dict(actor_weight=1.0, probe='exact', rotate='epoch')
 _EXCLUDE = dict(wrong_samples='exclude')
 FORMS: dict[str, dict[str, Any]] = {
     # the paper, and its rewards by cheaper probes
     'literal': _EXACT,
-    'literal-weak': dict(_EXACT, actor_weight=0.1),
-    'split': dict(probe='split', rotate='step'),
+    'literal-weak': {**_EXACT, 'actor_weight': 0.1},
+    'split': dict(actor_weight=1.0, probe='split', rotate='step'),
     'taylor': _TAYLOR,
     'taylor-drawn': dict(_TAYLOR, taylor_sites='drawn', rotate='step'),
     # what the critic is taught

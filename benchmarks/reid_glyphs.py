@@ -25,7 +25,7 @@ from dreal_timm.train import load_config
 VARIANTS = {
     'baseline': ('dreal.enabled=false', 'model_kwargs.backbone=resnet18'),
     'attention': ('dreal.enabled=false',),
-    'reinforce': (),
+    'reinforce': ('dreal.actor_weight=1.0',),
     'reinforce-weak': ('dreal.actor_weight=0.1',),
 }
 METRICS = ('mAP', 'rank1', 'rank5', 'mINP')

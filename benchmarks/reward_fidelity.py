@@ -171,7 +171,7 @@ def main() -> None:
     data = fashion.load(args.data)
     model = fashion.network(args.attention, args.width, args.seed).to(device)
     if args.reinforced:
-        options = dict(probe='split', rotate='step', input_size=fashion.SIZE, seed=args.seed)
+        options = dict(actor_weight=1.0, probe='split', rotate='step', input_size=fashion.SIZE, seed=args.seed)
         task = DrealTask(model, device=device, verbose=False, **options)
     else:
         task = ClassificationTask(model, device=device, verbose=False)

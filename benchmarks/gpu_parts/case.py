@@ -56,7 +56,7 @@ class Case:
         """Return a task in training mode with a copy of the network."""
         model = copy.deepcopy(self.model).double() if double else copy.deepcopy(self.model)
         task = DrealTask(
-            model, device=self.device, verbose=False, probe=probe, input_size=self.size, **options)
+            model, device=self.device, verbose=False, probe=probe, actor_weight=1.0, input_size=self.size, **options)
         task.get_trainable_module().train()
         return task
 
