@@ -57,7 +57,8 @@ class DrealTask(ClassificationTask):
         dtype: Dtype for task tensors/buffers.
         verbose: Enable info logging.
         gamma: Penalty of a wrongly classified sample (Eq. 1).
-        actor_weight: Weight of L_q. With 0 the model learns exactly as it does without a critic.
+        actor_weight: Weight of L_q. The paper adds it with 1, at which most gates end near 0 or 1 (docs/evidence.md).
+            With 0 the model learns exactly as it does without a critic.
         probe: How rewards are measured: 'split', one counterfactual pass in which each sample answers for one group;
             'exact', one for each group (Algorithm 1); 'taylor', to first order from the gradient that the backward
             pass computes anyway, for all sites, of which the critic learns in the next step.
@@ -114,7 +115,7 @@ class DrealTask(ClassificationTask):
             verbose: bool = True,
             *,
             gamma: float = 1.0,
-            actor_weight: float = 1.0,
+            actor_weight: float = 0.1,
             probe: str = 'split',
             probe_every: int = 1,
             taylor_target: str | None = None,

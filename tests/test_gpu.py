@@ -203,6 +203,7 @@ def test_required_packages_are_those_of_the_project():
 
 
 def test_versions_are_compared_as_numbers():
+    """What follows a plus or stands behind a number does not count."""
     assert numbers('2.11.0+cu130') == (2, 11, 0) > numbers('2.4')
     assert numbers('1.0.31.dev0') == (1, 0, 31)
     assert numbers('2.10.0rc1') > numbers('2.9')

@@ -173,7 +173,7 @@ DREAL_KEYS = [
     Key('backbone', 'str', '', 'plain weights to start from: name of a timm model, folder or file; attention is fresh'),
     Key('gates', 'str', 'fresh', "'open' starts each gate near 1: features pass", choices=('fresh', 'open')),
     Key('gamma', 'float', 1.0, 'penalty of a wrongly classified sample', minimum=0),
-    Key('actor_weight', 'float', 1.0, 'weight of L_q', minimum=0),
+    Key('actor_weight', 'float', 0.1, 'weight of L_q; the paper has 1', minimum=0),
     Key('probe', 'str', 'split', 'how rewards are measured', choices=('exact', 'split', 'taylor')),
     Key('probe_every', 'int', 1, 'rewards are measured in every so many steps', minimum=1),
     Key('taylor_target', 'str', None, "'loss' lets taylor measure by each sample's own loss", choices=('loss',)),

@@ -36,7 +36,7 @@ TIMM_DEFAULTS = {  # of timm's train.py, as its parser gives them
 }
 DREAL_DEFAULTS = {
     'task': 'classification', 'enabled': True, 'freeze': '', 'backbone': '', 'gates': 'fresh', 'gamma': 1.0,
-    'actor_weight': 1.0, 'probe': 'split', 'probe_every': 1,
+    'actor_weight': 0.1, 'probe': 'split', 'probe_every': 1,
     'taylor_target': None, 'rotate': 'epoch',
     'reward_clip': 1.0, 'probe_dtype': None, 'seed': None, 'critic_cell': 'lstm', 'critic_hidden_size': 1,
     'critic_depth': 1, 'critic_standardized': False, 'reward_form': 'ratio', 'reward_standardized': False,

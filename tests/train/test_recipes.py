@@ -10,6 +10,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from dreal_timm import DrealTask, find_sites
+from dreal_timm.probe import ExactProbe
 from dreal_timm.train import find_recipe, list_recipes, load_config
 from dreal_timm.train.config import to_dict
 from dreal_timm.train.loop import train_one_epoch
@@ -79,12 +80,13 @@ EFFECTIVE |= {
     },
 }
 IMAGENET = ('imagenet_resnet50', 'imagenet_resnet101')
+OF_THE_PAPER = {'actor_weight': 1.0, 'probe': 'exact', 'reward_clip': None}
 DREAL = {
     'finetune': {'rotate': 'step'},
-    'reid_market1501': {'task': 'reid', 'backbone': 'resnet50.tv_in1k'},
+    'reid_market1501': OF_THE_PAPER | {'task': 'reid', 'backbone': 'resnet50.tv_in1k'},
     'reid_custom': {'task': 'reid', 'backbone': 'resnet50.a1_in1k', 'gates': 'open', 'num_instances': 4},
-    'reid_glyphs': {'task': 'reid', 'flip_test': False},
-    **{name: {'probe': 'exact'} for name in IMAGENET},
+    'reid_glyphs': {'task': 'reid', 'actor_weight': 1.0, 'flip_test': False},
+    **{name: OF_THE_PAPER for name in (*IMAGENET, 'imagenet_streaming')},
 }
 
 
@@ -149,7 +151,9 @@ def test_the_protocol_of_the_paper(photos, tmp_path, name, attention):
     assert state.task.criterion.label_smoothing == 0.0
     assert all(norm.weight.detach().min() == 1 for norm in state.model.modules() if isinstance(norm, nn.BatchNorm2d)
                and norm.weight.numel() > 1)  # zero_init_last=False
-    assert (state.task.actor_weight, state.task.measure.rule.gamma) == (1.0, 1.0)
+    assert (state.task.actor_weight, state.task.measure.rule.gamma, state.task.measure.rule.clip) == (1.0, 1.0, None)
+    assert type(state.task.measure.probe) is ExactProbe
+    assert state.task.get_trainable_module().rotation.rotate == 'epoch'
 
 
 @pytest.mark.filterwarnings('ignore:.*lr_scheduler.*')
