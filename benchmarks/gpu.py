@@ -3,16 +3,18 @@
     python benchmarks/gpu.py                             # on a GPU
     python benchmarks/gpu.py --small --device cpu        # does the command itself work?
 
-Parts run in the order of their worth, each in a process of its own with a share of the time, so that one that crashes,
-hangs or runs out of memory is told and the next one starts. Each writes what it found to JSON row by row: a call that
-is killed leaves what was done. The table at the end names what was wrong and what was left out; `gpu_report.py` makes a
-section of docs/performance.md of the JSON. `gpu_wheels.py` makes a folder of wheels for a machine that lacks packages.
+Parts run one after the other, most important first, each in a process of its own with a share of the time, so that one
+that crashes, hangs or runs out of memory is reported and the next one starts. Each writes what it finds to NAME.json
+row by row: a call that is stopped leaves what was done. The table at the end names what was wrong and what was left
+out; what takes too long is left out, and a cost is never wrong. `gpu_report.py` makes a section of docs/performance.md
+of the JSON. `gpu_wheels.py` makes a folder of wheels for a machine that lacks packages.
 
 Exit code: 0 all was run and right, 1 something was wrong, 2 nothing could be run, 3 nothing was wrong and something was
 left out.
 """
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +33,30 @@ from gpu_parts.record import write_json
 from gpu_parts.table import PARTS, Part, choose
 
 ROOT = Path(__file__).resolve().parent.parent
-_SHORTEST = 8.0  # seconds that are worth starting a part
+RESULTS = ROOT / 'benchmarks' / 'results' / 'gpu'
+_SHORTEST = 10.0  # seconds that are worth starting a part
+_STOPPED = 'left out: stopped before its end'
 
 
 def environment(site: str) -> dict[str, str]:
     """Return the environment of a part: it imports this clone, the tests' slow versions, and what the wheels hold."""
     paths = [site, str(ROOT), str(ROOT / 'benchmarks'), str(ROOT / 'tests'), os.environ.get('PYTHONPATH', '')]
-    return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths)), 'PYTHONUNBUFFERED': '1'}
+    return {
+        **os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths)), 'PYTHONUNBUFFERED': '1',
+        'HF_HUB_OFFLINE': '1', 'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo'}
 
 
 def look(site: str) -> dict[str, Any]:
-    """Return versions, what is missing, and the device."""
-    found = subprocess.run(
-        [sys.executable, '-m', 'gpu_parts.machine'], env=environment(site), capture_output=True, text=True)
-    if found.returncode:
-        sys.exit(f'gpu.py: error: this Python cannot say what it has:\n{found.stderr[-2000:]}')
-    return json.loads(found.stdout)
+    """Return versions, what is missing, and the device; raise a ValueError where this Python cannot say it."""
+    try:
+        found = subprocess.run(
+            [sys.executable, '-m', 'gpu_parts.machine'], env=environment(site), cwd=site, capture_output=True,
+            text=True, errors='replace', timeout=120)
+        return json.loads(found.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise ValueError('this Python does not say in two minutes what it has: torch, or the GPU, hangs') from None
+    except (ValueError, IndexError):
+        raise ValueError(f'this Python cannot say what it has:\n{found.stderr[-2000:]}') from None
 
 
 def canonical(name: str) -> str:
@@ -55,19 +65,27 @@ def canonical(name: str) -> str:
 
 
 def unpack(wheels: Path, site: str, missing: Sequence[str]) -> None:
-    """Unpack the wheels of missing packages, and of all that is not installed: a wheel is an archive of its modules."""
+    """Unpack the wheels of missing packages, and of what is not installed, on which those may depend.
+
+    A wheel is an archive of modules: those that were built for another Python are told when they are imported.
+
+    Raises:
+        ValueError: A wheel is broken.
+    """
     from importlib import metadata
+    wanted = {canonical(each) for each in missing}
     for wheel in sorted(wheels.glob('*.whl')):
         name = canonical(wheel.name.split('-')[0])
         try:
             metadata.version(name)
         except metadata.PackageNotFoundError:
-            pass
-        else:
-            if name not in {canonical(each) for each in missing}:
-                continue
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(site)
+            wanted.add(name)
+        if name in wanted:
+            try:
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(site)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise ValueError(f'{wheel} cannot be unpacked: {error}') from None
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -77,139 +95,152 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run_part(part: Part, path: Path, seconds: float, args: argparse.Namespace, site: str) -> dict[str, Any]:
-    """Run a part for so many seconds at most; return its entry of the JSON."""
+def run_part(part: Part, path: Path, ends: float, args: argparse.Namespace, site: str) -> dict[str, Any]:
+    """Run a part until `ends` (time.monotonic) at most; return the content of its JSON."""
     command = [
         sys.executable, '-m', 'gpu_parts', part.name, '--device', args.device, '--output', str(path),
-        '--seconds', f'{seconds:.1f}', *(['--small'] if args.small else [])]
-    started = time.monotonic()
-    with tempfile.TemporaryFile('w+') as errors:
-        process = subprocess.Popen(
-            command, env=environment(site), stderr=errors, start_new_session=True, cwd=tempfile.gettempdir())
+        '--ends', f'{ends:.1f}', *(['--small'] if args.small else [])]
+    started, content = time.monotonic(), json.loads(path.read_text(encoding='utf-8'))
+    with tempfile.TemporaryFile('w+', errors='replace') as errors:
+        process = subprocess.Popen(command, env=environment(site), stderr=errors, start_new_session=True, cwd=site)
         try:
-            code: int | None = process.wait(timeout=seconds + 2)
+            code: int | None = process.wait(timeout=max(ends - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             code = None
         finally:
             stop(process)
         errors.seek(0)
         tail = errors.read()[-3000:]
-    entry = json.loads(path.read_text(encoding='utf-8'))['parts'][part.name]
-    hung = code is None or (code and 'Timeout (' in tail)
-    entry['status'] = 'ended' if code == 0 else 'hung, or took too long' if hung else f'crashed (exit code {code})'
-    entry['seconds'] = round(time.monotonic() - started, 1)
+    with contextlib.suppress(OSError, ValueError):  # a full disk, or another's hand
+        content = json.loads(path.read_text(encoding='utf-8'))
+    late = code is None or (code != 0 and 'Timeout (' in tail)
+    content['status'] = 'ended' if code == 0 else 'left out: did not end in time' if late else f'crashed ({code})'
+    content['seconds'] = round(time.monotonic() - started, 1)
     if code != 0:
-        entry['errors'] = tail
+        content['errors'] = tail
         print(tail, file=sys.stderr)
-    return entry
+    return content
 
 
-def judge(part: Part, entry: dict[str, Any], args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def judge(part: Part, content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return in words what of a part was wrong, and what was left out."""
-    if entry['status'].startswith('left out'):
-        return [], [f"{part.name}: {entry['status'].removeprefix('left out: ')}"]
-    wrong, left = [], []
-    for row in entry['rows']:
+    wrong, left, status = list[str](), list[str](), content['status']
+    for row in content['rows']:
         name = f"{part.name} {row['name']}"
         if 'absent' in row:
             left.append(f"{name}: {row['absent']}")
         elif 'error' in row:
             wrong.append(f"{name}: {row['error']}")
         elif row['ok'] is False:
-            wrong.append(f"{name}: {row['value']} is more than {row['limit']}")
-    missing = set(part.rows(args.device, args.small)) - {row['name'] for row in entry['rows']}
-    if entry['status'] != 'ended':
-        wrong.append(f"{part.name}: {entry['status']}")
-    if missing:  # a part that ends without a word about a row has not done it
+            facts = ''.join(f'; {key} {row[key]}' for key in ('where', 'left') if row.get(key))
+            wrong.append(f"{name}: {row['value']}, limit {row['limit']}{facts}")
+    missing = set(part.rows(content['device'], content['small'])) - {row['name'] for row in content['rows']}
+    if status.startswith('left out: '):
+        left.append(f"{part.name}: {status.removeprefix('left out: ')}")
+    elif status != 'ended':
+        wrong.append(f'{part.name}: {status}')
+    if (missing and content['rows']) or (status == 'ended' and missing):
         named = f"{part.name}: {', '.join(sorted(missing)[:4])}{' and more' if len(missing) > 4 else ''}"
-        (wrong if entry['status'] == 'ended' else left).append(f'{named} not reported')
+        # a part that ends without a word about a row has not done it
+        (wrong if status == 'ended' else left).append(f'{named} not reported')
     return wrong, left
 
 
-def show(entries: dict[str, dict[str, Any]], verdicts: dict[str, tuple[list[str], list[str]]], seconds: float) -> None:
+def show(contents: Mapping[str, Mapping[str, Any]], verdicts: Mapping[str, tuple[list[str], list[str]]]) -> None:
     """Print the table."""
     print(f"\n{'part':22} {'right':>9} {'measured':>9} {'seconds':>8}")
-    for name, entry in entries.items():
-        rows = entry['rows']
+    for name, content in contents.items():
+        rows = content['rows']
         checks = [row for row in rows if row.get('ok') is not None]
         right = f"{sum(row['ok'] for row in checks)} of {len(checks)}"
         measured = sum('ok' in row and row['ok'] is None for row in rows)
-        ended = '' if entry['status'] == 'ended' else f"  {entry['status']}"
-        print(f"{name:22} {right:>9} {measured:>9} {entry.get('seconds', 0):>8}{ended}")
+        ended = '' if content['status'] == 'ended' else f"  {content['status']}"
+        print(f"{name:22} {right:>9} {measured:>9} {content.get('seconds', ''):>8}{ended}")
     for title, index in (('wrong', 0), ('left out', 1)):
         found = [text for verdict in verdicts.values() for text in verdict[index]]
         print(f"{title}: {len(found) or 'nothing'}")
         for text in found:
             print(f'  {text}')
-    print(f'{seconds:.0f} seconds', flush=True)
 
 
-def run_all(parts: list[Part], args: argparse.Namespace, machine: dict[str, Any], site: str, ends: float) -> int:
+def run_all(parts: list[Part], args: argparse.Namespace, machine: Mapping[str, Any], site: str, ends: float) -> int:
     """Run the parts one after the other; return the exit code."""
     header = {
         'command': shlex.join(['python', *sys.argv]), 'machine': machine['machine'], 'cuda': machine['cuda'],
         'versions': machine['versions'], 'commit': machine['commit'], 'device': args.device, 'small': args.small,
-        'date': time.strftime('%Y-%m-%d'),
+        'date': time.strftime('%Y-%m-%d'), 'status': _STOPPED,
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    contents: dict[str, dict[str, Any]] = {part.file: {**header, 'parts': {}} for part in parts}
-    entries: dict[str, dict[str, Any]] = {}
+    contents: dict[str, dict[str, Any]] = {}
     verdicts: dict[str, tuple[list[str], list[str]]] = {}
     started, stopped = time.monotonic(), False
     for index, part in enumerate(parts):
-        path, content = args.output / part.file, contents[part.file]
-        content['parts'][part.name] = {'status': 'left out: stopped before its end', 'rows': []}
+        path = args.output / f'{part.name}.json'
+        content: dict[str, Any] = {**header, 'rows': []}
         write_json(path, content)
-        left = ends - time.monotonic()
+        now = time.monotonic()
         # what a part does not use is shared by those after it
-        seconds = left * part.seconds / sum(each.seconds for each in parts[index:])
+        seconds = (ends - now) * part.weight / sum(each.weight for each in parts[index:])
         lacking = [name for name in part.needs if name in machine['missing']]
         if stopped or lacking or seconds < _SHORTEST:
             why = 'stopped' if stopped else f"needs {', '.join(lacking)}" if lacking else 'no time was left'
-            entry = {'status': f'left out: {why}', 'rows': []}
+            content['status'] = f'left out: {why}'
         else:
             print(f'{part.name} ({seconds:.0f} s)', flush=True)
             try:
-                entry = run_part(part, path, seconds - 2, args, site)
+                content = run_part(part, path, now + seconds, args, site)
             except KeyboardInterrupt:
                 stopped = True
-                entry = json.loads(path.read_text(encoding='utf-8'))['parts'][part.name]
-        content['parts'][part.name] = entries[part.name] = entry
+                content = json.loads(path.read_text(encoding='utf-8'))
+                content['seconds'] = round(time.monotonic() - now, 1)
         write_json(path, content)
-        verdicts[part.name] = judge(part, entry, args)
-    show(entries, verdicts, time.monotonic() - started)
+        contents[part.name], verdicts[part.name] = content, judge(part, content)
+    show(contents, verdicts)
+    print(f'{time.monotonic() - started:.0f} seconds, JSON in {args.output}', flush=True)
     if any(wrong for wrong, _ in verdicts.values()):
         return 1
     return 3 if any(left for _, left in verdicts.values()) else 0
 
 
-def main() -> None:
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Return the checked command line, with the parts that were chosen and a folder that can be written."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output', type=Path, default=ROOT / 'output' / 'gpu', help='folder of the JSON (output/gpu)')
-    parser.add_argument('--minutes', type=float, default=8, help='it ends within them (8)')
-    parser.add_argument('--small', action='store_true', help='small networks: tries the command, measures nothing')
-    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda', help='cuda or cpu (cuda)')
+    parser.add_argument(
+        '--output', type=Path,
+        help='folder of the JSON (benchmarks/results/gpu of this clone, output/gpu with --small)')
+    parser.add_argument('--minutes', type=float, default=8, help='time limit of the whole call (8)')
+    parser.add_argument('--small', action='store_true', help='small networks, to try the command: numbers mean nothing')
+    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda', help='cpu goes with --small')
     parser.add_argument('--wheels', type=Path, help='folder with wheels of what this Python lacks')
     parser.add_argument(
         '--parts', nargs='+', metavar='PART',
-        help=f"some of {', '.join(part.name for part in PARTS)}; right is all four of its")
+        help=f"some of {' '.join(part.name for part in PARTS)}; `right` and `cost` are all of theirs")
     args = parser.parse_args()
-    ends = time.monotonic() + 60 * args.minutes - 5
     try:
-        parts = choose(args.parts)
+        args.parts = [part for part in choose(args.parts) if part.rows(args.device, args.small)]
     except ValueError as error:
         parser.error(str(error))
-    if args.minutes <= 0:
-        parser.error('--minutes must be above 0')
+    if not 0.2 <= args.minutes <= 1440:
+        parser.error(f'--minutes must lie between 0.2 and 1440, got {args.minutes}')
+    if args.device == 'cpu' and not args.small:
+        parser.error('--device cpu takes --small: the full size takes hours there')
     if args.wheels is not None and not list(args.wheels.glob('*.whl')):
         parser.error(f'--wheels: no wheel in {args.wheels}')
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    args.output = (args.output or (ROOT / 'output' / 'gpu' if args.small else RESULTS)).resolve()
+    return parser, args
+
+
+def main() -> None:
+    parser, args = parse()
+    ends = time.monotonic() + 60 * args.minutes - 4
     with tempfile.TemporaryDirectory() as site:
-        machine = look(site)
-        if args.wheels is not None:
-            unpack(args.wheels, site, list(machine['missing']))
+        try:
             machine = look(site)
+            if args.wheels is not None:
+                unpack(args.wheels, site, list(machine['missing']))
+                machine = look(site)
+        except ValueError as error:
+            parser.error(str(error))
         print(f"{machine['machine']}; " + ', '.join(f'{name} {text}' for name, text in machine['versions'].items()))
         for name, problem in machine['missing'].items():
             print(f'missing: {name} ({problem})', flush=True)
@@ -218,8 +249,22 @@ def main() -> None:
             parser.error(f"{', '.join(needed)}: install them, or give a folder of wheels (--wheels, gpu_wheels.py)")
         if args.device == 'cuda' and not machine['cuda']:
             parser.error('there is no CUDA device; --small --device cpu tries the command without one')
-        sys.exit(run_all(parts, args, machine, site, ends))
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+            lock = open(args.output / '.lock', 'w')  # noqa: SIM115 (held until the end)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            parser.error(f'--output: {args.output} cannot be written, or another call writes there ({error})')
+        try:
+            code = run_all(args.parts, args, machine, site, ends)
+        finally:
+            (args.output / '.lock').unlink(missing_ok=True)
+        sys.exit(code)
 
 
 if __name__ == '__main__':
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,7 +1,7 @@
 """What `gpu.py` found, in words: the section of docs/performance.md and the paragraph of the README, from its JSON
 
     python benchmarks/gpu_report.py                      # writes both from benchmarks/results/gpu
-    python benchmarks/gpu_report.py DIR --print          # prints the section of any folder
+    python benchmarks/gpu_report.py DIR --print          # prints the section of another folder
 
 Both stand between two comments. Without JSON they say that nothing was run.
 """
@@ -12,44 +12,50 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpu import ROOT, judge
-from gpu_parts.table import ATTENTION, PARTS, PROBES, SHARES
+from gpu import RESULTS, ROOT, judge
+from gpu_parts.table import PARTS, PROBES
 
-RESULTS = ROOT / 'benchmarks' / 'results' / 'gpu'
 BEGIN, END = '<!-- made by benchmarks/gpu_report.py -->', '<!-- end -->'
 NAMES = {'se': 'SE', 'cbam': 'CBAM', 'srm': 'SRM'}
 Rows = Mapping[str, Mapping[str, Any]]
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the content of each JSON file by the name of the part's file.
+    """Return the content of the JSON of each part that was run, by the part's name.
 
     Raises:
-        ValueError: It is not of a GPU, or of the small mode, whose numbers mean nothing.
+        ValueError: It is not of gpu.py, not of a GPU, or of the small mode, whose numbers mean nothing.
     """
-    files = dict.fromkeys(part.file for part in PARTS)
-    found = {
-        name: json.loads((folder / name).read_text(encoding='utf-8')) for name in files if (folder / name).is_file()}
-    for name, content in found.items():
-        if content['small'] or content['device'] != 'cuda':
-            raise ValueError(f'{folder / name} is of {content["device"]}, small={content["small"]}: a GPU is needed')
+    found = {}
+    for part in PARTS:
+        path = folder / f'{part.name}.json'
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding='utf-8'))
+            small, device = content['small'], content['device']
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path} is not of gpu.py: {error}') from None
+        if small or device != 'cuda':
+            raise ValueError(f'{path} is of the small mode, whose numbers mean nothing')
+        found[part.name] = content
     return found
 
 
-def measured(entry: Mapping[str, Any]) -> Rows:
-    """Return the rows that were measured or checked, by name."""
-    return {row['name']: row for row in entry['rows'] if 'ok' in row and 'error' not in row}
+def measured(content: Mapping[str, Any]) -> Rows:
+    """Return the rows that hold a value, by name."""
+    return {row['name']: row for row in content['rows'] if 'ok' in row and 'error' not in row}
 
 
-def checked(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def checked(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the rows that hold or do not, errors among them."""
-    return [row for row in entry['rows'] if row.get('ok') is not None]
+    return [row for row in content['rows'] if row.get('ok') is not None]
 
 
-def right_table(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def right_table(contents: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from ('| | checks that hold | nearest to its limit |', '|---|---:|---|')
-    for name, entry in entries.items():
-        checks = checked(entry)
+    for name, content in contents.items():
+        checks = checked(content)
         if not checks:
             continue
         held = f"{sum(row['ok'] for row in checks)} of {len(checks)}"
@@ -62,35 +68,47 @@ def right_table(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def _ratio(row: Mapping[str, Any] | None, floor: bool) -> str:
     if row is None:
         return ''
-    text = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})"
-    text += f", floor {row['floor']:.2f}" if floor and 'floor' in row else ''
+    text = f"{row['ratio']:.2f}"
+    if row['rounds'] > 1:
+        text += f" ({row['least']:.2f} to {row['most']:.2f})"
+    text += f", floor {row['floor']:.2f}" if floor else ''
     return f"{text}, missed {row['target']:.2f}" if row.get('reached') is False else text
 
 
-def cost_table(rows: Rows) -> Iterator[str]:
-    yield from (
-        '| | right | plain, images/s | `exact` | `split` | `taylor` |', '|---|---:|---:|---|---|---|')
-    kinds = [(f'{each}.eager', f'{NAMES[each]}-ResNet-50', share) for each in ATTENTION for share in SHARES]
-    for prefix, name, share in [*kinds, ('se.compiled', 'SE-ResNet-50, compiled', 1.0)]:
-        found = {probe: rows.get(f'{prefix}.{share:.0%}.{probe}') for probe in ('plain', *PROBES)}
+def _memory(row: Mapping[str, Any]) -> str:
+    return f"{row['memory_ratio']:.2f}" + ('' if row['memory_reached'] else ', missed 1.05')
+
+
+def _costs(rows: Rows, suffix: str) -> Iterator[str]:
+    pairs = dict.fromkeys(tuple(name.split('.')[:2]) for name in rows if 'ratio' in rows[name])
+    for attention, share in pairs:
+        found = {probe: rows.get(f'{attention}.{share}.{probe}') for probe in ('plain', *PROBES)}
         plain = found.pop('plain')
         if plain is None:
             continue
         cells = [_ratio(row, floor=probe != 'taylor') for probe, row in found.items()]
-        yield f"| {name}, {plain['batch']} images | {share:.0%} | {plain['images_s']:,.0f} | {' | '.join(cells)} |"
-    for attention in ATTENTION:
-        memory = {probe: rows.get(f'{attention}.eager.100%.{probe}', {}).get('memory_ratio') for probe in PROBES}
-        if None not in memory.values():
-            plain = rows[f'{attention}.eager.100%.plain']
-            cells = [f'{memory[probe]:.2f}' for probe in PROBES]
-            yield f"| {NAMES[attention]}, peak memory | | {plain['peak_mib']:,.0f} MiB | {' | '.join(cells)} |"
+        name = f"{NAMES[attention]}-ResNet-50{suffix}, {plain['batch']} images"
+        yield f"| {name} | {share} | {plain['images_s']:,.0f} | {' | '.join(cells)} |"
+        if share == '100%' and 'peak_mib' in plain:
+            memory = [_memory(row) if row else '' for row in found.values()]
+            yield f"| {NAMES[attention]}, peak memory | | {plain['peak_mib']:,.0f} MiB | {' | '.join(memory)} |"
+
+
+def cost_table(rows: Rows) -> Iterator[str]:
+    yield from ('| | right | plain, images/s | `exact` | `split` | `taylor` |', '|---|---:|---:|---|---|---|')
+    yield from _costs(rows, '')
+
+
+def compiled_table(rows: Rows) -> Iterator[str]:
+    yield from ('| | right | plain, images/s | `exact` | `split` | `taylor` |', '|---|---:|---:|---|---|---|')
+    yield from _costs(rows, ', compiled')
 
 
 def profiles(rows: Rows) -> Iterator[str]:
     for name, row in rows.items():
-        if 'profile' in row:
-            most = ', '.join(f'`{key}` {value:+.1f} ms' for key, value in list(row['profile'].items())[:5])
-            yield f'- `{name}` misses its figure; operations that take most beside plain training: {most}.'
+        if 'milliseconds' in row:
+            most = ', '.join(f'`{key}` {value:+.1f} ms' for key, value in list(row['milliseconds'].items())[:5])
+            yield f"- `{name.removesuffix('.profile')}` misses its figure. More a step than plain training: {most}."
 
 
 def loop_table(rows: Rows) -> Iterator[str]:
@@ -134,29 +152,26 @@ def rest_lines(rows: Rows) -> Iterator[str]:
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[Rows], Iterator[str]]], ...] = (
-    ('cost', 'A step over a plain one, bfloat16, channels-last, 224 pixels; least and most in brackets:', cost_table),
-    ('cost', '', profiles),
-    ('loop', 'The train loop on tensors that are on the device, SE-ResNet-50:', loop_table),
+    ('cost.eager', 'Steps over plain ones, bfloat16, channels-last, 224 pixels; in brackets least and most:',
+     cost_table),
+    ('cost.eager', '', profiles),
+    ('cost.compiled', 'The same, compiled:', compiled_table),
+    ('loop', 'The train loop on tensors that are on the device, SE-ResNet-50, all samples right:', loop_table),
     ('runs', '', run_lines),
     ('rest', '', rest_lines),
 )
 
 
-def verdict(contents: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str], int, int]:
-    """Return what was wrong, what was left out, and how many checks hold of how many."""
-    wrong, left, held, total = list[str](), list[str](), 0, 0
+def verdict(contents: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Return what was wrong, and what was left out."""
+    wrong, left = list[str](), list[str]()
     for part in PARTS:
-        content = contents.get(part.file, {'parts': {}})
-        entry = content['parts'].get(part.name)
-        if entry is None:
+        if part.name not in contents:
             left.append(f'{part.name}: not run')
             continue
-        args = argparse.Namespace(device=content['device'], small=content['small'])
-        found = judge(part, entry, args)
+        found = judge(part, contents[part.name])
         wrong, left = wrong + found[0], left + found[1]
-        checks = checked(entry)
-        held, total = held + sum(row['ok'] for row in checks), total + len(checks)
-    return wrong, left, held, total
+    return wrong, left
 
 
 def section(contents: Mapping[str, Mapping[str, Any]]) -> str:
@@ -166,16 +181,14 @@ def section(contents: Mapping[str, Mapping[str, Any]]) -> str:
     blocks = []
     for content in contents.values():
         versions = ', '.join(f'{name} {content["versions"][name]}' for name in ('python', 'torch', 'timm'))
-        where = f"{content['machine']}; {versions}; commit {content['commit']}; {content['date']}"
-        blocks += [f"`{content['command']}`: {where}."] if f"`{content['command']}`: {where}." not in blocks else []
-    entries = {name: entry for content in contents.values() for name, entry in content['parts'].items()}
-    blocks.append('\n'.join(right_table(entries)))
+        commit = f"commit {content['commit']}, " if content['commit'] else ''
+        blocks.append(f"{content['machine']}; {versions}; {commit}{content['date']}.")
+    blocks = [*dict.fromkeys(blocks), '\n'.join(right_table(contents))]
     for name, title, lines in SECTIONS:
-        found = list(lines(measured(entries[name]))) if name in entries else []
-        if len(found) > (2 if title else 0):
+        found = list(lines(measured(contents[name]))) if name in contents else []
+        if len(found) > (2 if title else 0):  # more than the head of a table
             blocks += [title] * bool(title) + ['\n'.join(found)]
-    wrong, left, _, _ = verdict(contents)
-    for title, texts in (('Wrong', wrong), ('Left out', left)):
+    for title, texts in zip(('Wrong', 'Left out'), verdict(contents), strict=True):
         listed = '\n'.join([f'{title}:', '', *(f'- {text}' for text in texts)])
         blocks.append(listed if texts else f'{title}: nothing.')
     return '\n\n'.join(blocks)
@@ -186,14 +199,16 @@ def paragraph(contents: Mapping[str, Mapping[str, Any]]) -> str:
     where = '[docs/performance.md](docs/performance.md#on-a-gpu)'
     if not contents:
         return (
-            'Nothing was run on a GPU: neither float16 with its loss scaler there, nor synchronised batch norm, NCCL,\n'
-            "cuDNN's LSTM or Triton. `python benchmarks/gpu.py` does all of that in eight minutes; its small mode was\n"
-            f'run on the CPU. {where} says what it looks at.')
-    wrong, left, held, total = verdict(contents)
-    cards = ', '.join(sorted({content['cuda'] or 'CPU' for content in contents.values()}))
+            'Nothing was run on a GPU: not float16 with a loss scaler, not synchronised batch norm, NCCL, the LSTM\n'
+            'of cuDNN or Triton. `python benchmarks/gpu.py` is made to do all of that in one call; its small mode\n'
+            f'was run on the CPU. {where} says what it looks at.')
+    wrong, left = verdict(contents)
+    checks = [row for content in contents.values() for row in checked(content)]
+    cards = ', '.join(sorted({content['cuda'] for content in contents.values()}))
+    held = f"{sum(row['ok'] for row in checks)} of {len(checks)} checks hold"
     return (
-        f'On a GPU ({cards}), by `python benchmarks/gpu.py`: {held} of {total} checks hold, {len(wrong)} things were\n'
-        f'wrong and {len(left)} left out; {where} has what, and what a step costs there.')
+        f'On a GPU ({cards}), by `python benchmarks/gpu.py`: {held};\n'
+        f'wrong: {len(wrong)}, left out: {len(left)}. {where} lists them, and what a step costs there.')
 
 
 def put(path: Path, text: str) -> None:
@@ -214,11 +229,14 @@ def main() -> None:
         contents = read(args.folder)
     except ValueError as error:
         parser.error(str(error))
+    if not contents and args.folder != RESULTS:
+        parser.error(f'there is no JSON of gpu.py in {args.folder}')
     if args.print:
         print(section(contents))
         return
-    put(ROOT / 'docs' / 'performance.md', section(contents))
-    put(ROOT / 'README.md', paragraph(contents))
+    for name, text in (('docs/performance.md', section(contents)), ('README.md', paragraph(contents))):
+        put(ROOT / name, text)
+        print(f'written: {name}')
 
 
 if __name__ == '__main__':

@@ -2,9 +2,11 @@
 
     python benchmarks/gpu_wheels.py DIR --python 3.12
 
-Needs the package index; the machine with the GPU then needs none. What torch and torchvision bring is left out.
+For Linux on x86-64. Needs the package index, pip and packaging; the machine with the GPU then needs neither. What torch
+and torchvision bring is left out.
 """
 import argparse
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,7 +17,7 @@ from gpu_parts.table import REQUIRED
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-LIMIT = 60  # MB, 10**6 bytes
+LIMIT = 60  # MB, 10**6 bytes: it has to travel
 WITH_TORCH = {
     'torch', 'torchvision', 'numpy', 'pillow', 'filelock', 'fsspec', 'jinja2', 'markupsafe', 'mpmath', 'networkx',
     'setuptools', 'sympy', 'triton', 'typing-extensions'}
@@ -54,9 +56,14 @@ def main() -> None:
     parser.add_argument('--python', default=f'{sys.version_info[0]}.{sys.version_info[1]}',
                         help="version of the machine's Python (this one's)")
     args = parser.parse_args()
-    if args.folder.exists():
-        parser.error(f'{args.folder} exists')
-    args.folder.mkdir(parents=True)
+    if not re.fullmatch(r'3\.\d+', args.python):
+        parser.error(f"--python takes a version such as 3.12, got '{args.python}'")
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        if any(args.folder.iterdir()):
+            parser.error(f'{args.folder} is not empty')
+    except OSError as error:
+        parser.error(f'{args.folder} cannot be made: {error}')
     todo = [Requirement(name if oldest is None else f'{name}>={oldest}') for name, oldest in REQUIRED.items()]
     done = set(WITH_TORCH)
     while todo:

@@ -83,7 +83,7 @@ def main() -> None:
         if isinstance(stepper.task, DrealTask):
             steps = step_time.round_length(stepper.task)
             step_time.visit_every_site(stepper.task, steps)
-        for _ in range(2):
+        for _ in range(max(steps, 2)):  # where a pass begins is found out when a site is met first
             stepper.step(batch)
         measured[probe] = flops(stepper, batch, max(steps, 1)), faults(stepper, batch, 4), times(stepper, batch, 4)
     base, _, plain = measured['plain']

@@ -1,10 +1,11 @@
-"""One part, in a process that ends in time: `python -m gpu_parts PART --device cuda --output FILE --seconds N`"""
+"""One part, in a process that ends in time: `python -m gpu_parts PART --device cuda --output FILE --ends SECONDS`"""
 import argparse
 import faulthandler
 import importlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,6 @@ from pathlib import Path
 import torch
 
 from gpu_parts.record import Record
-from gpu_parts.table import choose
 
 
 def end_with(parent: int) -> None:
@@ -26,11 +26,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('part')
     parser.add_argument('--device', required=True)
-    parser.add_argument('--output', type=Path, required=True, help='JSON file, which has an entry for the part')
-    parser.add_argument('--seconds', type=float, required=True, help='time until it must have ended')
+    parser.add_argument('--output', type=Path, required=True, help='JSON file, which is there')
+    parser.add_argument('--ends', type=float, required=True, help='time.monotonic() at which it is killed')
     parser.add_argument('--small', action='store_true')
     args = parser.parse_args()
-    faulthandler.dump_traceback_later(args.seconds, exit=True)  # says where it hangs
+    left = args.ends - time.monotonic()
+    faulthandler.dump_traceback_later(max(left - 2, 1), exit=True)  # says where it hangs
     if os.getpgrp() == os.getpid():  # started by the command, with a group of its own
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
@@ -41,10 +42,16 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = False
     else:
         torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '2')))
-    part, = choose([args.part])
-    record = Record(args.output, part.name, args.seconds - min(8.0, args.seconds / 5))
-    module = importlib.import_module(f"gpu_parts.{part.name.split('.')[-1]}")
-    module.main(record, device, args.small)
+    record = Record(args.output, args.ends - min(8.0, left / 5))
+    family, _, name = args.part.partition('.')
+    module = importlib.import_module(f'gpu_parts.{family if family == "cost" else name or family}')
+    if family == 'cost':
+        module.main(record, device, args.small, compiled=name == 'compiled')
+    else:
+        module.main(record, device, args.small)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # pools of compilers and of CUDA have nothing left to say
 
 
 if __name__ == '__main__':

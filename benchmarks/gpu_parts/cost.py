@@ -1,23 +1,22 @@
-"""cost: a step of each probe against plain training, by `step_time.py`, at the size of a real training"""
+"""cost.eager, cost.compiled: steps of each probe against plain ones, by `step_time.py`, at the size of a training"""
 import argparse
-import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import gpu_floors
 import profile_step
 import step_time
 import torch
 
-from dreal_timm import DrealTask
-from gpu_parts.record import Late, Record
-from gpu_parts.table import ATTENTION, PROBES, SHARES
+from gpu_parts.record import Record
+from gpu_parts.table import PROBES, costs
 
 __all__ = ['main']
 
-# ratios to plain training's time that are to be reached, or 'floor' for that and a tenth of it; memory is one of all
+# ratios to plain training's time that are to be reached, or 'floor' for that and a tenth of it
 TARGETS: dict[tuple[str, float, str], float | str] = {
     ('se', 1.0, 'taylor'): 1.03, ('se', 0.75, 'taylor'): 1.03, ('se', 0.75, 'split'): 1.20, ('se', 0.75, 'exact'): 1.60,
     ('se', 1.0, 'split'): 'floor', ('se', 1.0, 'exact'): 'floor', ('cbam', 1.0, 'taylor'): 1.05,
@@ -25,7 +24,7 @@ TARGETS: dict[tuple[str, float, str], float | str] = {
     ('cbam', 1.0, 'exact'): 'floor',
 }
 ABOVE_FLOOR = 1.1
-MEMORY = 1.05
+MEMORY = 1.05  # peak, over that of plain training
 
 
 def settings(device: torch.device, small: bool, compiled: bool = False) -> argparse.Namespace:
@@ -35,7 +34,8 @@ def settings(device: torch.device, small: bool, compiled: bool = False) -> argpa
         amp='bfloat16' if device.type == 'cuda' else 'none', channels_last=True, compile=compiled,
         probes=['taylor', 'split'] if compiled else list(PROBES), reid=False, probe_every=1,
         # a round visits each site once or twice; the first step of a shape is slow, and a round has all shapes
-        steps=2 if small else 6, warm_up=1 if small else 6, rounds=1 if small else 3, seconds=None)
+        steps=2 if small else gpu_floors.STEPS, warm_up=1 if small else 2 if compiled else gpu_floors.STEPS,
+        rounds=1 if small else 3, seconds=None)
 
 
 def network(attention: str, small: bool) -> str:
@@ -50,7 +50,7 @@ def free() -> None:
 
 @contextmanager
 def no_trials() -> Iterator[None]:
-    """Let cuDNN try no algorithms, which takes time and memory of its own."""
+    """Let cuDNN try no algorithms, which takes memory of its own."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -59,26 +59,11 @@ def no_trials() -> Iterator[None]:
 
 
 @no_trials()
-def floors(name: str, share: float, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Return the FLOPs of each probe over plain training's: they do not depend on the batch, so that 16 images do."""
-    args = copy.copy(args)
-    # in float32: the first pass in low precision measures its noise as well
-    args.batch_size, args.amp, args.compile = min(args.batch_size, 16), 'none', False
-    step_time.count_as_right(share)
-    model, batch, found = step_time.make_model(name), step_time.make_batch(args, device), {}
-    for probe in ('plain', *args.probes):
-        stepper = step_time.Stepper(probe, copy.deepcopy(model), args, device)
-        steps = 1
-        if isinstance(stepper.task, DrealTask):
-            steps = args.steps or step_time.round_length(stepper.task)
-            step_time.visit_every_site(stepper.task, steps)
-        found[probe] = profile_step.flops(stepper, batch, steps)
-    return {probe: value / found['plain'] for probe, value in found.items()}
-
-
-@no_trials()
 def peaks(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Return the most memory, MiB, that a step of each task allocates, alone on the device."""
+    """Return the most memory, MiB, that a step of each task allocates, alone on the device.
+
+    To be called after the steps were timed: without trials cuDNN keeps what it guesses for a shape, also for later.
+    """
     found = {}
     for probe in ('plain', *args.probes):
         free()
@@ -112,67 +97,76 @@ def halving(function: Callable[[argparse.Namespace], Any], args: argparse.Namesp
 
 
 class Costs:
-    """Measures, and remembers how long things take and how many images fit."""
+    """Measures, and remembers how long a round takes and how many images fit."""
 
     def __init__(self, record: Record, device: torch.device, small: bool):
         self.record = record
         self.device = device
         self.small = small
-        self.round = 1.0  # seconds of a round of SE
+        self.round = 1.0  # seconds
         self.memory: dict[str, dict[str, float]] = {}
         self.batch: dict[str, int] = {}
+        self.missed: list[tuple[str, str, argparse.Namespace]] = []
 
     def measure(self, attention: str, share: float, compiled: bool, remaining: int) -> None:
         """Time one network with a share of right samples, and add its rows."""
         args = settings(self.device, self.small, compiled)
         args.batch_size = self.batch.get(attention, args.batch_size)
         name = network(attention, self.small)
-        if attention not in self.memory and self.device.type == 'cuda':
-            self.memory[attention] = halving(lambda args: peaks(name, args, self.device), args)
-        floor = {} if compiled else floors(name, share, args, self.device)
-        if not self.small and 2 * self.round > self.record.left:  # to warm up, and one
-            raise Late
-        args.seconds = self.record.left / remaining - self.round
+        # one round to warm up, and what memory takes
+        args.seconds = self.record.left / remaining - (self.round if remaining > 1 else 0)
         rows = halving(lambda args: step_time.measure_time(name, share, args, self.device), args)
         self.batch[attention] = args.batch_size
-        if not compiled:
-            self.round = max(self.round, sum(row['seconds']['median'] for row in rows) * rows[0]['steps_a_round'])
-        memory = self.memory.get(attention, {})
-        for row in rows:
-            probe = row['probe']
-            facts: dict[str, Any] = dict(
-                images_s=round(args.batch_size / row['seconds']['median'], 1), ratio=row['ratio'],
-                least=row['rounds']['min'], most=row['rounds']['max'], rounds=row['rounds']['n'],
-                batch=args.batch_size)
-            if floor:
-                facts['floor'] = floor[probe]
-            if memory and not compiled:
-                facts.update(peak_mib=round(memory[probe]), memory_ratio=memory[probe] / memory['plain'])
-            target = None if compiled else TARGETS.get((attention, share, probe))
-            if target is not None and not self.small:
-                target = floor[probe] * ABOVE_FLOOR if target == 'floor' else target
-                facts.update(target=target, reached=row['ratio'] <= target)
-                if not facts['reached'] and self.record.left > 4 * self.round:
-                    facts['profile'] = profile(name, probe, args, self.device)
-            self.record.add(f"{attention}.{'compiled' if compiled else 'eager'}.{share:.0%}.{probe}", ok=None, **facts)
+        self.round = max(self.round, sum(row['seconds']['median'] for row in rows) * rows[0]['steps_a_round'])
         free()
+        if self.device.type == 'cuda' and not compiled and attention not in self.memory:
+            self.memory[attention] = peaks(name, args, self.device)
+        for row in rows:
+            self.add(row, attention, share, compiled, args)
+
+    def add(self, row: dict[str, Any], attention: str, share: float, compiled: bool, args: argparse.Namespace) -> None:
+        """Add a row, with its floor, its memory and whether it reaches what is to be reached."""
+        probe, memory = row['probe'], self.memory.get(attention, {})
+        facts: dict[str, Any] = dict(
+            images_s=round(args.batch_size / row['seconds']['median'], 1), ratio=row['ratio'],
+            least=row['rounds']['min'], most=row['rounds']['max'], rounds=row['rounds']['n'], batch=args.batch_size)
+        if memory:
+            facts.update(peak_mib=round(memory[probe]), memory_ratio=memory[probe] / memory['plain'])
+            facts['memory_reached'] = facts['memory_ratio'] <= MEMORY
+        if not self.small:
+            facts['floor'] = floor = gpu_floors.read(attention, probe, share)
+            target = None if compiled else TARGETS.get((attention, share, probe))
+            if target is not None:
+                facts['target'] = limit = floor * ABOVE_FLOOR if isinstance(target, str) else target
+                facts['reached'] = row['ratio'] <= limit
+                if not facts['reached']:
+                    self.missed.append((attention, probe, args))
+        self.record.add(f'{attention}.{share:.0%}.{probe}', ok=None, **facts)
+
+    def explain(self) -> None:
+        """Profile what is missed, once a probe of a network."""
+        done = set()
+        for attention, probe, args in self.missed:
+            if (attention, probe) not in done and self.record.left > 10:
+                done.add((attention, probe))
+                found = profile(network(attention, self.small), probe, args, self.device)
+                self.record.add(f'{attention}.{probe}.profile', ok=None, milliseconds=found)
+                free()
 
 
-def main(record: Record, device: torch.device, small: bool) -> None:
+def main(record: Record, device: torch.device, small: bool, compiled: bool) -> None:
     if device.type == 'cuda':  # as timm's train.py
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    costs = Costs(record, device, small)
-    order = [('se', share, False) for share in SHARES] + [(name, 1.0, False) for name in ATTENTION[1:]]
-    order += [('se', 1.0, True)] + [(name, 0.75, False) for name in ATTENTION[1:]]
-    for index, (attention, share, compiled) in enumerate(order):
-        kind = 'compiled' if compiled else 'eager'
-        probes = ('plain', 'taylor', 'split') if compiled else ('plain', *PROBES)
-        names = [f'{attention}.{kind}.{share:.0%}.{probe}' for probe in probes]
-        if small and (compiled or (share < 1 and attention != 'se')):
-            continue
-        # compilation takes a minute
-        seconds = 1.0 if small else 75.0 if compiled else 3 * costs.round
-        record.run(names, partial(costs.measure, attention, share, compiled, len(order) - index), seconds=seconds)
-        torch._dynamo.reset()
+    costing = Costs(record, device, small)
+    if compiled:
+        names = [f'se.100%.{probe}' for probe in ('plain', 'taylor', 'split')]
+        record.run(names, partial(costing.measure, 'se', 1.0, True, 1))
+        return
+    order = costs(small)
+    for index, (attention, share) in enumerate(order):
+        names = [f'{attention}.{share:.0%}.{probe}' for probe in ('plain', *PROBES)]
+        seconds = 1.0 if small else 2.5 * costing.round  # to warm up, and one
+        record.run(names, partial(costing.measure, attention, share, False, len(order) - index), seconds=seconds)
+    record.run([], costing.explain)

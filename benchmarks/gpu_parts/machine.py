@@ -7,7 +7,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from gpu_parts.table import REQUIRED
+from gpu_parts.table import PARTS, REQUIRED
 
 __all__ = ['numbers']
 
@@ -53,7 +53,7 @@ def main() -> None:
         found['versions']['torch'] = torch.__version__  # with the version of CUDA
         if torch.cuda.is_available():
             found['cuda'] = torch.cuda.get_device_name()
-    if not found['missing'].keys() - {'scikit-learn', 'scipy'}:
+    if not found['missing'].keys() - {name for part in PARTS for name in part.needs}:
         import report
         import torch
         found['machine'] = report.machine(torch.device('cuda' if found['cuda'] else 'cpu'))

@@ -29,16 +29,14 @@ class Record:
     'absent' with the reason why it is not there.
 
     Args:
-        path: JSON file of the part; other parts of the same file are kept.
-        part: Name of the part.
-        seconds: Time until the part should have ended.
+        path: JSON file of the part.
+        ends: When the part should have ended, by `time.monotonic`.
     """
 
-    def __init__(self, path: Path, part: str, seconds: float):
+    def __init__(self, path: Path, ends: float):
         self.path = path
-        self.part = part
         self.rows: list[dict[str, Any]] = []
-        self._ends = time.monotonic() + seconds
+        self._ends = ends
 
     @property
     def left(self) -> float:
@@ -49,9 +47,9 @@ class Record:
         """Add a row, print it and write the file."""
         self.rows.append({'name': name, **row})
         content = json.loads(self.path.read_text(encoding='utf-8'))
-        content['parts'][self.part]['rows'] = self.rows
-        write_json(self.path, content)
-        words = [f'{key} {value:.4g}' if isinstance(value, float) else f'{key} {value}' for key, value in row.items()]
+        write_json(self.path, content | {'rows': self.rows})
+        words = [f'{key} {value:.4g}' if isinstance(value, float) else f'{key} {value}' for key, value in row.items()
+                 if value is not None and key != 'traceback']
         print(f"  {name:34} {'  '.join(words)}", flush=True)
 
     def near(self, name: str, value: float, limit: float, **facts: Any) -> None:
@@ -77,16 +75,17 @@ class Record:
         if self.left < seconds:
             self.absent(names, 'no time was left')
             return
-        reason = 'reported nothing'
+        reason, found = 'reported nothing', {}
         try:
             function()
         except Late:
             self.absent(self._missing(names), 'no time was left')
         except Exception as error:
-            traceback.print_exc()
+            found = {'traceback': traceback.format_exc()[-3000:]}
+            print(found['traceback'], flush=True)
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         for name in self._missing(names):
-            self.add(name, error=reason, ok=False)
+            self.add(name, error=reason, ok=False, **found)
 
     def _missing(self, names: list[str]) -> list[str]:
         there = {row['name'] for row in self.rows}

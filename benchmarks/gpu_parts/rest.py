@@ -83,5 +83,5 @@ def measure_audit(record: Record, device: torch.device, small: bool) -> None:
 def main(record: Record, device: torch.device, small: bool) -> None:
     record.run('audit.images', partial(measure_audit, record, device, small))
     ranking = Ranking(small)
-    for way, seconds in (('evaluation', 5), ('reranking', 15)):
+    for way, seconds in (('evaluation', 4), ('reranking', 12)):
         record.run(f'reid.{way}', partial(ranking.check, record, way, device), seconds=1 if small else seconds)

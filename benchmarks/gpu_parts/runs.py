@@ -20,7 +20,7 @@ from dreal_timm.audit import audit
 from dreal_timm.audit.subject import load_subject, open_images
 from dreal_timm.data import prepare_digits
 from dreal_timm.train import run
-from gpu_parts.record import Record
+from gpu_parts.record import Late, Record
 
 __all__ = ['main']
 
@@ -82,7 +82,9 @@ class Trainings:
 
     def kill_after_an_epoch(self, name: str, process: subprocess.Popen, seconds: float) -> None:
         ends = time.monotonic() + seconds
-        while not self.last(name).exists() and process.poll() is None and time.monotonic() < ends:
+        while not self.last(name).exists() and process.poll() is None:
+            if time.monotonic() > ends:
+                raise Late
             time.sleep(0.005)
         if process.poll() is not None:
             raise AssertionError('the training ended before it was killed')
@@ -90,8 +92,12 @@ class Trainings:
         process.wait()
 
     def result(self, name: str, process: subprocess.Popen, seconds: float) -> dict[str, Any]:
-        if process.wait(timeout=max(seconds, 1)):
-            raise AssertionError(f'the training ended with {process.returncode}')
+        try:
+            code = process.wait(timeout=max(seconds, 1))
+        except subprocess.TimeoutExpired:
+            raise Late from None
+        if code:
+            raise AssertionError(f'the training ended with {code}')
         return json.loads((self.folder / f'{name}.json').read_text())
 
     def difference(self, first: str, second: str) -> str:
@@ -156,4 +162,4 @@ def main(record: Record, device: torch.device, small: bool) -> None:
         record.run('quickstart', partial(check_quickstart, record, folder, device, small))
         record.run('loads', partial(check_loads, record, folder, device), seconds=2)
         record.run('audit', partial(check_audit, record, folder, device), seconds=5)
-        record.run('resume', partial(check_resume, record, folder, device, small), seconds=10)
+        record.run('resume', partial(check_resume, record, folder, device, small), seconds=8 if small else 30)
