@@ -65,7 +65,7 @@ def test_small_mode_runs_every_part(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = found_in(output)
     checks = {
-        'right.float32': 33, 'right.low_precision': 30, 'right.compiled': 2, 'right.distributed': 4, 'cost.eager': 0,
+        'right.float32': 33, 'right.low_precision': 16, 'right.compiled': 2, 'right.distributed': 4, 'cost.eager': 0,
         'loop': 0, 'runs': 4, 'rest': 2}
     assert set(found) == set(checks)
     for part in PARTS[:-1]:

@@ -44,10 +44,10 @@ def _float32(device: str, small: bool) -> list[str]:
 
 def _low_precision(device: str, small: bool) -> list[str]:
     checks = ('reward.exact', 'reward.split', 'reward.taylor', 'reward.float32', 'gradient.backbone', 'critic', 'null')
-    half = ATTENTION[:1] if small else ATTENTION
-    rows = [f'{attention}.bfloat16.{check}' for attention in ATTENTION for check in checks]
+    some = ATTENTION[:1] if small else ATTENTION
+    rows = [f'{attention}.bfloat16.{check}' for attention in some for check in checks]
     return rows + [
-        f'{attention}.float16.{check}' for attention in half for check in (*checks, 'scaler.step', 'scaler.skip')]
+        f'{attention}.float16.{check}' for attention in some for check in (*checks, 'scaler.step', 'scaler.skip')]
 
 
 def compiled_pairs(small: bool) -> list[tuple[str, str]]:
