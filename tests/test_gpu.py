@@ -95,7 +95,8 @@ def test_small_mode_runs_every_part(tmp_path):
 ], ids=['reward', 'mask', 'gradient'])
 def test_what_is_broken_is_found(tmp_path, name, old, new, wrong, right):
     """A reward, a mask or a gradient that is wrong ends with exit code 1, and its row says so."""
-    root = copy_of_the_tree(tmp_path / 'tree', [(name, old, new)])
+    alone = ('benchmarks/gpu_parts/table.py', "ATTENTION = ('se', 'cbam', 'srm')", "ATTENTION = ('se',)")
+    root = copy_of_the_tree(tmp_path / 'tree', [(name, old, new), alone])
     done = run(tmp_path / 'out', '--parts', 'right.float32', '--small', '--device', 'cpu', root=root)
     assert done.returncode == 1, done.stdout + done.stderr
     rows = {row['name']: row for row in found_in(tmp_path / 'out')['right.float32']['rows']}

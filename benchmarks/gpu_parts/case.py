@@ -1,6 +1,7 @@
 """A network with attention, a batch for it, and what is right for them by slow versions written from the equations"""
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from dreal_timm import DrealTask
 
-__all__ = ['SEED', 'Case', 'gradients_of', 'largest']
+__all__ = ['SEED', 'Case', 'gradients_of', 'largest', 'length']
 
 SEED = 11  # of the masks of a pass
 
@@ -91,6 +92,11 @@ class Case:
 def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference."""
     return (found.detach().double().cpu() - expected.detach().double().cpu()).abs().max().item()
+
+
+def length(values: Iterable[torch.Tensor]) -> float:
+    """Return the Euclidean length of tensors taken together."""
+    return math.sqrt(sum(value.square().sum().item() for value in values))
 
 
 def gradients_of(module: nn.Module) -> dict[str, torch.Tensor]:

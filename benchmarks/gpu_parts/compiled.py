@@ -1,10 +1,9 @@
 """right.compiled: a compiled task has the rewards and gradients of an eager one"""
-import math
 from functools import partial
 
 import torch
 
-from gpu_parts.case import Case, gradients_of, largest
+from gpu_parts.case import Case, gradients_of, largest, length
 from gpu_parts.record import Record
 from gpu_parts.table import compiled_pairs
 
@@ -40,11 +39,9 @@ def check(record: Record, attention: str, probe: str, device: torch.device, smal
     record.near(
         f'{prefix}.reward', largest(rewards['compiled'][asked], rewards['eager'][asked]), REWARD,
         spread=rewards['eager'][asked].std().item(), backend=backend, graphs=graphs)
-    error, length = (
-        math.sqrt(sum(value.square().sum().item() for value in values))
-        for values in (
-            [found['compiled'][name] - value for name, value in found['eager'].items()], found['eager'].values()))
-    record.near(f'{prefix}.gradient', error / length, GRADIENT, length=length)
+    whole = length(found['eager'].values())
+    error = length(found['compiled'][name] - value for name, value in found['eager'].items())
+    record.near(f'{prefix}.gradient', error / whole, GRADIENT, length=whole)
 
 
 def main(record: Record, device: torch.device, small: bool) -> None:

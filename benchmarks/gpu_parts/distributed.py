@@ -3,7 +3,6 @@
 One process over NCCL (over gloo on a CPU); two processes, which share the device, over gloo: NCCL takes a device once.
 """
 import faulthandler
-import math
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch.multiprocessing import ProcessExitedException
 
-from gpu_parts.case import Case, gradients_of, largest
+from gpu_parts.case import Case, gradients_of, largest, length
 from gpu_parts.record import Late, Record
 
 __all__ = ['main']
@@ -105,10 +104,10 @@ def check(record: Record, kind: str, device: torch.device, small: bool) -> None:
         record.absent(names, parts[0])
         return
     expected = _answer(_case(kind, device, small), kind)
-    length = math.sqrt(sum(value.square().sum().item() for value in expected['gradient'].values()))
+    whole = length(expected['gradient'].values())
     errors = [
-        math.sqrt(sum((part['gradient'][name] - value).square().sum().item()
-                      for name, value in expected['gradient'].items())) / length for part in parts]
+        length(part['gradient'][name] - value for name, value in expected['gradient'].items()) / whole
+        for part in parts]
     facts = dict(backend=backend, processes=count)
     record.near(f'{kind}.gradient', max(errors), GRADIENT[kind], **facts)
     rewards = torch.cat([part['reward'] for part in parts])

@@ -1,9 +1,8 @@
 """right.float32: rewards, gradients and their absence, masks and traces in float32 without TF32
 
-Rewards are held against float64 by hand: errors are those of float32, below a thousandth of a probability.
+Rewards are held against float64 by hand: errors are those of float32, far below what a map is worth.
 """
 import copy
-import math
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from dreal_timm.attention import attention_parameters
 from dreal_timm.draws import rng_state
 from dreal_timm.passes import Entry, Judged, class_log_probability, counterfactual, travel
-from gpu_parts.case import SEED, Case, gradients_of, largest
+from gpu_parts.case import SEED, Case, gradients_of, largest, length
 from gpu_parts.record import Record
 from gpu_parts.table import ATTENTION
 
@@ -65,7 +64,7 @@ def check_taylor(record: Record, case: Case, name: str) -> None:
 
 def _relative(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Return the largest error of a parameter's gradient, relative to its length (or to a small part of all's)."""
-    total = math.sqrt(sum(value.square().sum().item() for value in expected.values()))
+    total = length(expected.values())
     if not total > 0:
         raise AssertionError('there is no gradient')
     return max(
@@ -97,8 +96,7 @@ def check_gradients(record: Record, case: Case, attention: str) -> None:
         f'{attention}.gradient.backbone',
         _relative(found, {name: value for name, value in expected.items() if name not in actor}), GRADIENT)
     pushed = {name: expected[name] + value for name, value in actor.items()}
-    share = math.sqrt(sum(value.square().sum().item() for value in actor.values())
-                      / sum(value.square().sum().item() for value in pushed.values()))
+    share = length(actor.values()) / length(pushed.values())
     record.near(f'{attention}.gradient.attention', _relative(found, pushed), GRADIENT, share_of_the_actor=share)
     ours = {f'critic.{name}': value for name, value in gradients_of(critic).items()}
     record.near(f'{attention}.gradient.critic', _relative(found, ours), GRADIENT)

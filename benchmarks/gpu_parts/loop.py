@@ -164,7 +164,8 @@ def main(record: Record, device: torch.device, small: bool) -> None:
         train_one_epoch(run, 0)
         fit(run)
         rate = batch * steps / run.record.epochs[0]['seconds']
-        record.add(f'{kind}.images', ok=None, images_s=round(rate, 1), over_timm=rate / rates['timm'], batch=batch)
+        over = {'over_timm': rate / rates['timm']} if rates else {}  # that of timm may have failed
+        record.add(f'{kind}.images', ok=None, images_s=round(rate, 1), batch=batch, **over)
 
     def one(kind: str, folder: str) -> None:
         run = start(kind, folder, loader, small, device)

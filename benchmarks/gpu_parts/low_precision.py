@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from timm.task import ClassificationTask
 
-from gpu_parts.case import Case, gradients_of, largest
+from gpu_parts.case import Case, gradients_of, largest, length
 from gpu_parts.float32 import null_errors
 from gpu_parts.record import Record
 from gpu_parts.table import ATTENTION
@@ -90,10 +90,8 @@ def check_gradient(record: Record, cast: Autocast) -> None:
     found = gradients_of(task.get_trainable_module())
     within = tuple(f'{name}.' for name in cast.case.sites)
     names = [name for name in expected if not name.startswith(within)]
-    error, length = (
-        sum(value.square().sum().item() for value in values) ** 0.5
-        for values in ([found[name] - expected[name] for name in names], [expected[name] for name in names]))
-    record.near(f'{cast.name}.gradient.backbone', error / length, GRADIENT)
+    error = length(found[name] - expected[name] for name in names) / length(expected[name] for name in names)
+    record.near(f'{cast.name}.gradient.backbone', error, GRADIENT)
 
 
 def check_critic(record: Record, cast: Autocast) -> None:
