@@ -32,8 +32,8 @@ def _validate(args: argparse.Namespace) -> None:
         raise FileExistsError(f"--results: '{args.results}' exists, or its folder does not.")
     results = validate(
         args.model, args.data, dataset=args.dataset, split=args.split, checkpoint=args.checkpoint,
-        batch_size=args.batch_size, workers=args.workers, device=args.device,
-    )
+        batch_size=args.batch_size, workers=args.workers, device=args.device, class_map=args.class_map,
+        by_order=args.by_order)
     print(json.dumps(results, indent=2))
     if args.results:
         Path(args.results).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
@@ -70,8 +70,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _audit_options(args: argparse.Namespace) -> dict[str, Any]:
     keys = (
-        'dataset', 'split', 'class_map', 'sites', 'input_size', 'num_samples', 'batch_size', 'workers', 'device',
-        'seed', 'resamples', 'resume')
+        'dataset', 'split', 'class_map', 'by_order', 'sites', 'input_size', 'num_samples', 'batch_size', 'workers',
+        'device', 'seed', 'resamples', 'resume')
     return {**{key: getattr(args, key) for key in keys}, 'command': ['dreal-timm', *args.argv]}
 
 
@@ -105,7 +105,7 @@ def _compare(args: argparse.Namespace) -> None:
 def _export_format(args: argparse.Namespace) -> None:
     from dreal_timm.hub import export_format, read_network
     from dreal_timm.train.validate import sample_images
-    for name in ('half', 'results', 'control'):
+    for name in ('half', 'results', 'control', 'class_map', 'by_order'):
         if getattr(args, name):
             raise ValueError(f'--{name} goes with --format timm.')
     network = read_network(args.source, args.weights)
@@ -116,16 +116,20 @@ def _export_format(args: argparse.Namespace) -> None:
     print(f"exported {folder}\nlargest difference of a logit: {', '.join(found)}")
 
 
-def _measure(network: Any, source: str, data_dir: str, dataset: str, split: str) -> dict[str, Any]:
+def _measure(
+        network: Any, source: str, data_dir: str, dataset: str, split: str, class_map: str, by_order: bool,
+) -> dict[str, Any]:
     """Validate a classifier, or evaluate an embedding network as its training did."""
     from dreal_timm.models.reid import ReidNetwork
     if isinstance(network, ReidNetwork):
+        if class_map or by_order:
+            raise ValueError('An embedding network has no classes to name.')
         from dreal_timm.reid.evaluation import evaluate_network, open_checked, settings_of
         options = settings_of(source)
         data = open_checked(data_dir, dataset.removeprefix('reid/'), options.get('camera_rule', 'exclude'))
         return evaluate_network(network, data, **options)[0]
     from dreal_timm.train.validate import measure
-    return measure(network, data_dir, dataset, split)
+    return measure(network, data_dir, dataset, split, class_map=class_map, by_order=by_order)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -133,9 +137,13 @@ def _export(args: argparse.Namespace) -> None:
         _export_format(args)
         return
     from dreal_timm.hub import export_run
+    if not args.data and (args.class_map or args.by_order):
+        raise ValueError('--class-map and --classes-by-order go with --data.')
     measure = None
     if args.data:
-        measure = partial(_measure, source=args.source, data_dir=args.data, dataset=args.dataset, split=args.split)
+        measure = partial(
+            _measure, source=args.source, data_dir=args.data, dataset=args.dataset, split=args.split,
+            class_map=args.class_map, by_order=args.by_order)
     folder = export_run(
         args.source, args.directory, args.weights, args.half,
         results=args.results, control=args.control, measure=measure)
@@ -239,7 +247,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--output', metavar='DIR', default='', help='folder to write (output/COMMAND/MODEL)')
         command.add_argument('--dataset', metavar='NAME', default='', help='kind/name as in a recipe (image folder)')
         command.add_argument('--split', default='validation', help='split to look at (validation)')
-        command.add_argument('--class-map', metavar='FILE', default='', help='names of all classes of the network')
         command.add_argument('--sites', metavar='SITE', nargs='+', help='sites, or modules that contain them (all)')
         command.add_argument(
             '--input-size', metavar=('C', 'H', 'W'), nargs=3, type=int, help="size of the images (the model's own)")
@@ -270,6 +277,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument('--dataset', metavar='NAME', default='', help='kind/name as in a recipe (image folder)')
     export.add_argument('--split', default='validation', help='split to measure on (validation)')
     export.set_defaults(function=_export)
+    for command in (validate, audit, compare, export):
+        command.add_argument(
+            '--class-map', metavar='FILE', default='', help='names of the classes in the order of the outputs')
+        command.add_argument(
+            '--classes-by-order', dest='by_order', action='store_true',
+            help='take the classes of the data set in their order, whatever their names')
 
     push = commands.add_parser('push', help='send an exported folder to the Hugging Face Hub')
     push.add_argument('directory', metavar='DIR', help='exported folder')

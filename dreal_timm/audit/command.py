@@ -48,6 +48,7 @@ def audit_model(
         split: str = 'validation',
         checkpoint: str = '',
         class_map: str = '',
+        by_order: bool = False,
         sites: Sequence[str] | None = None,
         input_size: Sequence[int] | None = None,
         num_samples: int | None = None,
@@ -74,6 +75,7 @@ def audit_model(
         split: Its split.
         checkpoint: File with weights to load, in place of the model's published ones.
         class_map: File with the names of all classes, where the network does not know those of the data set.
+        by_order: Take the classes of the data set in their order.
         sites: Names of the sites to audit, or of modules that contain them; None are all.
         input_size: (C, H, W) of the images; None is the model's own.
         num_samples: Number of images, drawn at random; None are all.
@@ -96,11 +98,11 @@ def audit_model(
     output = Path(output)
     check_output(output, resume)
     subject = load_subject(model, checkpoint, input_size)
-    images = open_images(subject.model, data_dir, dataset, split, class_map, input_size)
+    images = open_images(subject.model, data_dir, dataset, split, class_map, input_size, by_order)
     place = None if device is None else torch.device(device)
     done = audit_folder(
         subject, images, output, sites, input_size, num_samples, batch_size, workers, place, seed,
-        provenance={'data': str(data_dir), 'dataset': dataset, 'split': split},
+        provenance={'data': str(data_dir), 'dataset': dataset, 'split': split, 'classes': images.match.told()},
     )
     if done is None:
         return None

@@ -6,7 +6,8 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from dreal_timm.data.unreadable import AskedReader
+from dreal_timm.data.classes import Match
+from dreal_timm.data.images import NO_LABEL
 
 __all__ = ['NumberedImages', 'batches', 'draw_numbers']
 
@@ -17,27 +18,26 @@ class NumberedImages(Dataset):
     Args:
         dataset: One of timm's data sets, not a stream.
         data_config: Preprocessing, from `timm.data.resolve_data_config`.
+        match: Which outputs of the network the classes are.
 
     Raises:
         ValueError: It is a stream, whose images have no numbers.
     """
 
-    def __init__(self, dataset: Any, data_config: dict[str, Any]):
+    def __init__(self, dataset: Any, data_config: dict[str, Any], match: Match | None = None):
         if isinstance(dataset, IterableDataset):
             raise ValueError('An audit reads some images twice, by number: a stream (hfids, wds, tfds) has no numbers.')
         self.dataset = dataset
         self.data_config = data_config
+        self.match = match or Match('order')
         dataset.transform = create_transform(**data_config, is_training=False)
-        if hasattr(dataset, 'reader'):
-            dataset.reader = AskedReader(dataset.reader)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, int, bool]:
         image, target = self.dataset[number][:2]
-        asked = getattr(self.dataset, 'reader', None)
-        return image, int(target), asked is None or asked.last == number
+        return image, int(target), int(target) != NO_LABEL
 
     def filename(self, number: int) -> str:
         """Return the path of an image in the data set's folder, or its number where it has none."""

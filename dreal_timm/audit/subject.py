@@ -1,19 +1,19 @@
 """What is audited: a network, with its critic where it has one, and the images it is asked about"""
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from timm.data import resolve_data_config
 from timm.models import get_model_input_config
 
 from dreal_timm.attention import find_sites, group_sites
 from dreal_timm.audit.calibration import load_critic
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.critic import Critic
-from dreal_timm.data.opening import class_names, open_dataset
+from dreal_timm.data.opening import open_for
 from dreal_timm.hub.loading import load
 
 __all__ = ['Subject', 'load_subject', 'open_images']
@@ -77,34 +77,6 @@ def load_subject(model: str, checkpoint: str = '', input_size: Sequence[int] | N
     return Subject(network, critic, model, checkpoint, _digest(network))
 
 
-def _label_names(model: Any) -> list[str] | None:
-    """Names of the classes as folders have them: those the network was exported with, or the synsets of ImageNet."""
-    names = model.pretrained_cfg.get('label_names')
-    if names:
-        return [str(name) for name in names]
-    subset = infer_imagenet_subset(model)
-    return None if subset is None else list(ImageNetInfo(subset).label_names())
-
-
-def _class_map(dataset: Any, model: Any) -> Mapping[str, int] | None:
-    """Return the index of each class of an image folder by its name, where the network knows more classes than those.
-
-    Raises:
-        ValueError: The numbers of classes differ, and the names do not tell which is which.
-    """
-    names, known = class_names(dataset), _label_names(model)
-    if names is None or names == known:
-        return None
-    if known is not None and set(names) <= set(known):
-        return {name: known.index(name) for name in names}
-    if len(names) != model.num_classes:
-        raise ValueError(
-            f'The data set has {len(names)} classes ({", ".join(names[:3])}, ...), the model {model.num_classes}, and '
-            'their names do not tell which is which: name the index of each class in a class map (--class-map FILE).'
-        )
-    return None
-
-
 def open_images(
         model: Any,
         data_dir: str,
@@ -112,6 +84,7 @@ def open_images(
         split: str = 'validation',
         class_map: str = '',
         input_size: Sequence[int] | None = None,
+        by_order: bool = False,
 ) -> NumberedImages:
     """Open a validation set with the preprocessing that the network's configuration names.
 
@@ -125,16 +98,14 @@ def open_images(
         split: Its split.
         class_map: File with the names of all classes.
         input_size: (C, H, W) of the images; None is the model's own.
+        by_order: Take the classes of the data set in their order.
 
     Raises:
         FileNotFoundError: The folder, or an image in it, is missing.
-        ValueError: Classes of the data set are not those of the network.
+        ClassesError: Classes of the data set are not those of the network.
     """
     options = {} if input_size is None else {'input_size': tuple(input_size)}
     data = resolve_data_config(options, model=model)
-    opened: dict[str, Any] = dict(channels=data['input_size'][0], num_classes=model.num_classes)
-    images = open_dataset(dataset, data_dir, split, class_map=class_map or None, **opened)
-    found = None if class_map else _class_map(images, model)
-    if found is not None:
-        images = open_dataset(dataset, data_dir, split, class_map=found, **opened)
-    return NumberedImages(images, data)
+    found, match = open_for(
+        model, dataset, data_dir, split, class_map=class_map, by_order=by_order, channels=data['input_size'][0])
+    return NumberedImages(found, data, match)

@@ -1,15 +1,21 @@
 """Opening a data set: timm's, of all kinds, with what could go wrong looked at first"""
 import importlib.util
+import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 
-from dreal_timm.data.unreadable import name_unreadable
+from dreal_timm.data.classes import Match, class_names, match_classes, network_names, relabel
+from dreal_timm.data.folders import empty_classes, every_extension, read_class_map, tidy
+from dreal_timm.data.images import ImageSet, read_image
 from dreal_timm.errors import nearest
 
-__all__ = ['class_names', 'open_dataset']
+__all__ = ['open_dataset', 'open_for']
+
+_logger = logging.getLogger(__name__)
 
 _KINDS = ('torch', 'hfds', 'hfids', 'wds', 'tfds')
 _PACKAGES = {'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow_datasets'}
@@ -28,6 +34,8 @@ def _kind(name: str, root: str, class_map: Any, download: bool) -> str:
     if package is not None and importlib.util.find_spec(package) is None:
         command = 'pip install tensorflow-datasets' if kind == 'tfds' else 'pip install "dreal_timm[streaming]"'
         raise ModuleNotFoundError(f"dataset '{name}' needs the package {package}: {command}.")
+    if kind == 'torch' and class_map:
+        raise ValueError('class_map: a data set of torchvision has numbers for its classes already.')
     if kind == 'wds' and class_map:
         raise ValueError('class_map: the labels of webdataset shards are numbers already, without names to map.')
     if not root and kind in ('', 'torch', 'wds'):
@@ -38,39 +46,23 @@ def _kind(name: str, root: str, class_map: Any, download: bool) -> str:
     return kind
 
 
-class _CheckedLabel:
-    """Refuses a label that the network has no class for, on the host, before a loss on a GPU dies of it."""
-
-    def __init__(self, num_classes: int, inner: Any = None):
-        self.num_classes = num_classes
-        self.inner = inner
-
-    def __call__(self, target: Any) -> Any:
-        target = target if self.inner is None else self.inner(target)
-        if not 0 <= int(target) < self.num_classes:
-            raise ValueError(
-                f'Label {int(target)} is outside of the {self.num_classes} classes of the model: set num_classes.')
-        return target
-
-
-def _check_folders(dataset: Any, data_dir: str, split: str, class_map: Any) -> None:
-    """Raise an error about a split without a folder, or a class without an image: its labels would be others."""
-    root = Path(getattr(dataset.reader, 'root', data_dir))
-    if not root.is_dir():
-        return
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-    if root == Path(data_dir) and split:
+def _open_folder(name: str, root: str, split: str, extensions: str | None, class_map: Any, **options: Any) -> Any:
+    """Open an image folder, or a tar of images."""
+    if Path(root).is_file():
+        return create_dataset(name, root=root, split=split, class_map=class_map or None, **options)
+    dataset = create_dataset(name, root=root, split=split, input_key=every_extension(), **options)
+    folder = str(dataset.reader.root)
+    if Path(folder) == Path(root) and split:
+        folders = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
         raise FileNotFoundError(
-            f"data_dir '{data_dir}' has no folder '{split}': it holds {', '.join(folders) or 'no folders'}.")
-    if class_map:
-        return
-    filled = {Path(name).parts[0] for name in dataset.filenames()}
-    empty = [name for name in folders if name not in filled and not name.startswith('.')]
+            f"data_dir '{root}' has no folder '{split}': it holds {', '.join(folders) or 'no folders'}.")
+    tidy(dataset.reader, extensions, read_class_map(class_map, folder) if class_map else None)
+    empty = [] if class_map else empty_classes(dataset.reader)
     if empty:
         raise ValueError(
-            f'{root}: no image of {", ".join(empty)}. An empty class shifts the labels of the others: '
-            'remove its folder, or name all classes in a class_map.'
-        )
+            f'{folder}: no image of {", ".join(empty)}. An empty class shifts the labels of the others: '
+            'remove its folder, or name all classes in a class_map.')
+    return dataset
 
 
 def open_dataset(
@@ -108,19 +100,18 @@ def open_dataset(
         ValueError: No folder is given, the data set is unknown, or a class has no image.
     """
     kind = _kind(name, root, class_map, download)
+    options.update(download=download, input_img_mode=image_mode or ('RGB' if channels == 3 else 'L'))
+    options.update({} if target_key is None else {'target_key': target_key})
+    if kind == 'torch' and name.partition('/')[2].lower() in ('folder', 'image_folder'):
+        options['loader'] = partial(read_image, mode=options['input_img_mode'])
     try:
-        dataset = create_dataset(
-            name,
-            root=root,
-            split=split,
-            class_map=class_map or None,
-            download=download,
-            input_img_mode=image_mode or ('RGB' if channels == 3 else 'L'),
+        if kind == '':
+            dataset = _open_folder(name, root, split, image_key, class_map, **options)
+        else:
             # timm's webdataset reader looks for the image under the same names again once it is decoded, as 'jpg'
-            input_key=f'{image_key};jpg' if kind == 'wds' and image_key else image_key,
-            target_key=target_key,
-            **options,
-        )
+            key = f'{image_key};jpg' if kind == 'wds' and image_key else image_key
+            dataset = create_dataset(
+                name, root=root, split=split, class_map=class_map or None, input_key=key, **options)
         if kind == 'hfds':
             dataset.reader[0][0].close()  # a field that is not there shows with the first image
     except (AssertionError, RuntimeError, TypeError, KeyError, ValueError) as error:
@@ -134,17 +125,54 @@ def open_dataset(
         if not isinstance(error, (AssertionError, RuntimeError)):
             raise
         raise FileNotFoundError(f"data_dir '{root}', split '{split}': {reason}") from error
-    if kind == '':
-        _check_folders(dataset, root, split, class_map)
-        name_unreadable(dataset)
-    if num_classes is not None and hasattr(dataset, 'target_transform'):
-        dataset.target_transform = _CheckedLabel(num_classes, dataset.target_transform)
+    if isinstance(dataset, ImageDataset):
+        dataset = ImageSet(dataset.reader, options['input_img_mode'], measuring=not options.get('is_training', False))
+    if num_classes is not None:
+        relabel(dataset, num_classes)
     return dataset
 
 
-def class_names(dataset: Any) -> list[str] | None:
-    """Return the names of a data set's classes in the order of their indices, where it knows them."""
-    known = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
-    if not isinstance(known, Mapping) or sorted(known.values()) != list(range(len(known))):
-        return None
-    return [str(name) for name in sorted(known, key=lambda name: known[name])]
+def open_for(
+        network: Any,
+        name: str,
+        root: str,
+        split: str,
+        *,
+        class_map: str | Mapping[str, int] | None = None,
+        by_order: bool = False,
+        **options: Any,
+) -> tuple[Any, Match]:
+    """Open a split to measure a network on, with labels that are its outputs (see `match_classes`).
+
+    Args:
+        network: A timm model.
+        name: Kind and name, see `open_dataset`.
+        root: Its folder.
+        split: Name of the split.
+        class_map: File, or dictionary, of the names of the classes and their outputs.
+        by_order: Take the classes of the data set in their order.
+        **options: Further options of `open_dataset`.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: As of `open_dataset`.
+        ClassesError: Names of the classes do not tell which outputs they are.
+    """
+    if class_map and by_order:
+        raise ValueError('classes are named by a class map, or taken in their order: not both.')
+    outputs = read_class_map(class_map) if class_map and name.partition('/')[0].lower() == 'torch' else None
+    dataset = open_dataset(name, root, split, class_map=None if outputs else class_map, **options)
+    names = class_names(dataset)
+    if class_map and outputs is None:
+        samples = getattr(dataset.reader, 'samples', None)
+        found = read_class_map(class_map, getattr(dataset.reader, 'root', None) or '')
+        used = set(found.values()) if samples is None else {int(sample[-1]) for sample in samples}
+        match = Match('map', None, network.num_classes - len(used))
+    else:
+        match = match_classes(names, network_names(network), network.num_classes, outputs, by_order)
+    relabel(dataset, network.num_classes, match)
+    if match.by == 'order':
+        side = 'as asked for' if by_order else f"the {'data set' if names is None else 'network'} has no names"
+        _logger.warning(f'Classes are taken in their order: {side}.')
+    elif match.absent:
+        _logger.info(f"{match.absent} of the network's {network.num_classes} classes are not in the data set.")
+    return dataset, match

@@ -94,7 +94,7 @@ def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_control(results: Mapping[str, Any], control: Mapping[str, Any]) -> None:
     """Raise a ValueError if a control is not the plain network of the same settings, measured on the same images."""
-    for key in ('architecture', 'dataset', 'split', 'samples', 'settings'):
+    for key in ('architecture', 'dataset', 'split', 'samples', 'classes', 'settings'):
         if results.get(key) != control.get(key):
             raise ValueError(
                 f"control: its {key} is {control.get(key)!r}, but {results.get(key)!r} is that of the network.")

@@ -1,13 +1,21 @@
-"""The data sets of a run"""
+"""The data sets of a run, and which of their classes is which output of the network"""
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from timm.data import resolve_data_config
 from timm.models import get_model_input_config
 
-from dreal_timm.data.opening import class_names, open_dataset
+from dreal_timm.data.classes import class_names, match_classes, names_of_config, network_names, relabel
+from dreal_timm.data.opening import open_dataset
+from dreal_timm.hub.run import NETWORK
 
-__all__ = ['build_dataset', 'check_labels', 'class_names', 'data_config']
+__all__ = ['build_dataset', 'check_labels', 'check_same_classes', 'data_config', 'options', 'settle_classes']
+
+_logger = logging.getLogger(__name__)
 
 
 def data_config(config: SimpleNamespace, model: Any) -> dict[str, Any]:
@@ -28,6 +36,24 @@ def data_config(config: SimpleNamespace, model: Any) -> dict[str, Any]:
     return resolve_data_config(args, model=model)
 
 
+def options(config: SimpleNamespace, channels: int, is_training: bool) -> dict[str, Any]:
+    """Return the options of `dreal_timm.data.opening.open_dataset` that a configuration names."""
+    return dict(
+        channels=channels,
+        class_map=config.class_map,
+        download=config.dataset_download,
+        image_mode=config.input_img_mode,
+        image_key=config.input_key,
+        target_key=config.target_key,
+        is_training=is_training,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        repeats=config.epoch_repeats if is_training else 0,
+        num_samples=config.train_num_samples if is_training else config.val_num_samples,
+        trust_remote_code=config.dataset_trust_remote_code,
+    )
+
+
 def build_dataset(
         config: SimpleNamespace,
         split: str,
@@ -45,23 +71,7 @@ def build_dataset(
         num_classes: Classes of the network, which labels are checked against.
     """
     return open_dataset(
-        config.dataset,
-        config.data_dir,
-        split,
-        channels=channels,
-        num_classes=num_classes,
-        class_map=config.class_map,
-        download=config.dataset_download,
-        image_mode=config.input_img_mode,
-        image_key=config.input_key,
-        target_key=config.target_key,
-        is_training=is_training,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        repeats=config.epoch_repeats if is_training else 0,
-        num_samples=config.train_num_samples if is_training else config.val_num_samples,
-        trust_remote_code=config.dataset_trust_remote_code,
-    )
+        config.dataset, config.data_dir, split, num_classes=num_classes, **options(config, channels, is_training))
 
 
 def check_labels(train_set: Any, val_set: Any | None, num_classes: int, given: bool = True) -> None:
@@ -87,3 +97,85 @@ def check_labels(train_set: Any, val_set: Any | None, num_classes: int, given: b
             f'num_classes: the data set has {len(names)} classes, the model as it comes {num_classes}: '
             f'add num_classes={len(names)}, or num_classes={num_classes} to keep its classifier.'
         )
+    if names is not None and len(names) < num_classes:
+        _logger.warning(
+            f'num_classes: {num_classes} outputs for {len(names)} classes of the data set: the others are never right.')
+
+
+def _told_beside(path: Path) -> list[str] | None:
+    """Names of the classes out of the config of an exported folder, or of a run, that a file lies in."""
+    for name in ('config.json', NETWORK):
+        try:
+            config = json.loads((path.parent / name).read_text(encoding='utf-8'))
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict):
+            return names_of_config({**(config.get('pretrained_cfg') or {}), **config})
+    return None
+
+
+def _trained_names(config: SimpleNamespace, model: Any) -> list[list[str]]:
+    """Names of the classes of a network that starts with a trained classifier; none where it is made anew."""
+    if config.initial_checkpoint:
+        names = _told_beside(Path(config.initial_checkpoint))
+        return [] if names is None else [names]
+    trained = config.pretrained and not config.pretrained_path
+    return network_names(model) if trained and model.num_classes == model.pretrained_cfg.get('num_classes') else []
+
+
+def check_same_classes(names: Sequence[str] | None, checkpoint: Mapping[str, Any], path: Path) -> list[str] | None:
+    """Return the names of the classes that a checkpoint was trained on; a ValueError if the data has others."""
+    trained = checkpoint.get('class_names') or _told_beside(path)
+    if names is None or not trained:
+        return None
+    gone, new = (sorted(set(a) - set(b)) for a, b in ((trained, names), (names, trained)))
+    if gone or new:
+        what = [f"{', '.join(some[:3])} {word}" for some, word in ((gone, 'is gone'), (new, 'is new')) if some]
+        raise ValueError(
+            f"resume: '{path}' was trained on other classes than the data set has: {'; '.join(what)}. "
+            'initial_checkpoint or pretrained_path start a new run from its weights.')
+    return list(trained)
+
+
+def settle_classes(
+        config: SimpleNamespace,
+        model: Any,
+        train_set: Any,
+        val_set: Any | None,
+        checkpoint: Mapping[str, Any] | None,
+        path: Path | None,
+) -> list[str] | None:
+    """Let the labels of both splits be the outputs of a classifier that is trained already, and return their names.
+
+    A run that goes on keeps the order of the classes that its checkpoint was trained with. A network that starts with
+    its classifier keeps the order of its own classes, where the recipe has no class map.
+
+    Args:
+        config: The configuration.
+        model: The network.
+        train_set: The training split.
+        val_set: The validation split, or None.
+        checkpoint: What the run goes on from, or None.
+        path: Its file.
+
+    Raises:
+        ValueError: The data set has other classes.
+    """
+    names = class_names(train_set)
+    trained: list[list[str]] = []
+    if checkpoint is not None and path is not None:
+        same = check_same_classes(names, checkpoint, path)
+        trained = [] if same is None else [same]
+    elif not config.class_map:
+        trained = _trained_names(config, model)
+        if names is not None and names_of_config(model.pretrained_cfg) is None and not config.initial_checkpoint:
+            trained = [scheme for scheme in trained if set(names) <= set(scheme)]  # ImageNet's, or a guess
+    if names is None or not trained:
+        return names
+    match = match_classes(
+        names, trained, model.num_classes,
+        hint='class_map=FILE names the output of each class, and pretrained_path=FILE makes the classifier anew')
+    for dataset in (train_set, val_set):
+        if dataset is not None:
+            relabel(dataset, model.num_classes, match)
+    return trained[0] if len(trained[0]) == model.num_classes or match.outputs is not None else names

@@ -45,7 +45,7 @@ class Run:
         epochs: Number of epochs, warm-up and cool-down included.
         train_loader: Loader of the training split.
         validate: Measures a network on the validation split, by name of the metric; None where nothing is validated.
-        class_names: Names of the classes, where the data set knows them.
+        class_names: Names of the classes in the order of the outputs, where the data set knows them; identities.
         directory: Folder of the run.
         checkpoints: Its checkpoints.
         record: What it was made with, and the time of its epochs.
@@ -213,6 +213,7 @@ def _save(run: Run, epoch: int, metric: float) -> None:
         'scheduler': scheduler_state(run.scheduler),
         'history': run.history,
         'processes': run.accelerator.num_processes,
+        'class_names': run.class_names,
     }
     run.checkpoints.save(state, epoch, metric, milestone=epoch + 1 in (run.config.save_epochs or ()))
     write_summary(run.directory / 'summary.csv', run.history)

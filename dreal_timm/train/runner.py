@@ -97,6 +97,20 @@ def _build_data(config: SimpleNamespace, model: Any, data: Mapping[str, Any]) ->
     return train_set, val_set
 
 
+def _validate(model: nn.Module, loader: Any, **options: Any) -> dict[str, float]:
+    """Metrics of an epoch; images that cannot be read are named by the loader, and counted here."""
+    metrics = evaluate(model, loader, **options)
+    samples = metrics.pop('samples')
+    if not isinstance(loader.dataset, torch.utils.data.IterableDataset) and samples < len(loader.dataset):
+        _logger.warning(f'validation: {len(loader.dataset) - samples:,} images cannot be read and are left out')
+    return metrics
+
+
+def _label_names(run: Run) -> list[str] | None:
+    """Names of the classes for an export; nobody else has the identities of re-identification."""
+    return None if reid.is_reid(run.config) else run.class_names
+
+
 def _build_learner(config: SimpleNamespace, model: Any, data: Mapping[str, Any], accelerator: Accelerator) -> Any:
     """Freeze what is to be frozen, and make the task, its moving average and the optimizer."""
     frozen: list[nn.Module] = []
@@ -173,6 +187,11 @@ def set_up(config: SimpleNamespace) -> Run:
         reid.read_all(config, people, processes)
     if checkpoint is not None and path.resolve().parent == directory.resolve():
         _check_folder(config, path, checkpoint)
+    names = None if people is None else [str(pid) for pid in people.identities()]
+    if people is None:
+        names = datasets.settle_classes(config, model, train_set, val_set, checkpoint, path)
+    elif checkpoint is not None:
+        datasets.check_same_classes(names, checkpoint, path)
 
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
     if config.sync_bn and processes > 1:
@@ -191,14 +210,14 @@ def set_up(config: SimpleNamespace) -> Run:
         if val_set is not None:
             val_loader = loaders.build_loader(config, val_set, data, device, False, processes > 1)
             validate = partial(
-                evaluate, loader=val_loader, device=device, distributed=processes > 1, autocast=accelerator.autocast,
+                _validate, loader=val_loader, device=device, distributed=processes > 1, autocast=accelerator.autocast,
                 channels_last=config.channels_last)
 
     decreasing = config.eval_metric == 'loss' or (validate is None and config.eval_metric != 'epoch')
     run = Run(
         config=config, accelerator=accelerator, model=model, data=data, task=task, optimizer=optimizer,
         scheduler=None, epochs=config.epochs, train_loader=train_loader, validate=validate,
-        class_names=datasets.class_names(train_set), directory=directory,
+        class_names=names, directory=directory,
         checkpoints=Checkpoints(directory, config.checkpoint_hist, decreasing), record=Record(device, processes),
         mixup=mixup, frozen_norms=frozen,
     )
@@ -235,7 +254,7 @@ def _export(run: Run) -> None:
         'training/run.json': (run.directory / RECORD).read_bytes(),
         'training/summary.csv': (run.directory / 'summary.csv').read_bytes(),
     }
-    export(run.model, target, data_config=run.data, label_names=run.class_names, files=files)
+    export(run.model, target, data_config=run.data, label_names=_label_names(run), files=files)
 
 
 def describe(results: Mapping[str, Any]) -> str:
@@ -293,7 +312,7 @@ def run(
     if is_main:
         directory.mkdir(parents=True, exist_ok=True)
         state.checkpoints.clean()
-        network = describe_network(state.model, state.data, state.class_names)
+        network = describe_network(state.model, state.data, _label_names(state))
         write_text(directory / NETWORK, json.dumps(network, indent=2) + '\n')
         write_text(directory / 'args.yaml', yaml.safe_dump(to_dict(state.config), sort_keys=False))
     start_trackers(

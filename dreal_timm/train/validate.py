@@ -11,6 +11,8 @@ from timm.data import create_transform
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from dreal_timm.data.images import NO_LABEL
+from dreal_timm.data.opening import open_for
 from dreal_timm.hub import results
 from dreal_timm.hub.loading import load
 from dreal_timm.models.dreal_resnet import timm_architecture
@@ -36,6 +38,8 @@ def validate(
         batch_size: int = 128,
         workers: int = 2,
         device: str | None = None,
+        class_map: str = '',
+        by_order: bool = False,
 ) -> dict[str, Any]:
     """Measure loss, top1 and top5 of a network, with the preprocessing that its configuration names.
 
@@ -48,19 +52,23 @@ def validate(
         batch_size: Images a step.
         workers: Loader processes.
         device: Device; None takes an accelerator where there is one.
+        class_map: File with the names of all classes in the order of the network's outputs.
+        by_order: Take the classes of the data set in their order.
 
     Returns:
-        Dictionary with 'model', 'data', 'dataset', 'split', 'samples', 'loss', 'top1' and 'top5' (percent),
+        Dictionary with 'model', 'data', 'dataset', 'split', 'samples', 'unreadable' (number of images), 'classes' (how
+        they were found, 'by', and the number of the network's that are 'absent'), 'loss', 'top1' and 'top5' (percent),
         'architecture', 'preprocessing', 'versions', 'weights_sha256' (see `dreal_timm.hub.weights_digest`), and
         'training', the settings that the network was trained with, and 'run', with what and how fast, where its folder
         tells them.
 
     Raises:
         FileNotFoundError: The folder, the data or the checkpoint is missing.
-        ValueError: No such model, or it has no weights, or they do not fit.
+        ValueError: No such model, or it has no weights, or they do not fit; the names of the classes do not tell which
+            outputs of the network they are.
     """
     network: Any = load(model, checkpoint)
-    found = measure(network, data_dir, dataset, split, batch_size, workers, device)
+    found = measure(network, data_dir, dataset, split, batch_size, workers, device, class_map, by_order)
     own = Path(model).is_dir() and not checkpoint
     return {
         'model': model, **found,
@@ -77,39 +85,47 @@ def measure(
         batch_size: int = 128,
         workers: int = 2,
         device: str | None = None,
+        class_map: str = '',
+        by_order: bool = False,
 ) -> dict[str, Any]:
     """The same of a network that is built already; arguments and results are those of `validate`."""
     settings = dict(
-        data_dir=str(data_dir), dataset=dataset, val_split=split, batch_size=batch_size, workers=workers)
+        data_dir=str(data_dir), dataset=dataset, val_split=split, batch_size=batch_size, workers=workers,
+        class_map=class_map)
     target = Accelerator(cpu=device == 'cpu').device if device in (None, 'cpu') else torch.device(device)
-    return measure_split(network, load_config(settings), target)
+    return measure_split(network, load_config(settings), target, by_order)
 
 
-def _open(network: Any, config: SimpleNamespace) -> tuple[dict[str, Any], Any]:
-    """The network's preprocessing and the validation split."""
-    if not network.num_classes:
-        raise ValueError('The network has no classes: dreal-timm reid eval measures embedding networks.')
-    data = datasets.data_config(config, network)
-    return data, datasets.build_dataset(config, config.val_split, data['input_size'][0], False, network.num_classes)
-
-
-def measure_split(network: nn.Module, config: SimpleNamespace, device: torch.device) -> dict[str, Any]:
+def measure_split(
+        network: nn.Module,
+        config: SimpleNamespace,
+        device: torch.device,
+        by_order: bool = False,
+) -> dict[str, Any]:
     """The same on the validation split of a configuration, by this process alone.
 
     Args:
         network: A timm model. Where the configuration names no preprocessing, the model's own holds.
         config: A configuration from `load_config`.
         device: Where to.
+        by_order: Take the classes of the data set in their order.
     """
     model: Any = network
-    data, val_set = _open(model, config)
+    if not model.num_classes:
+        raise ValueError('The network has no classes: dreal-timm reid eval measures embedding networks.')
+    data = datasets.data_config(config, model)
+    val_set, match = open_for(
+        model, config.dataset, config.data_dir, config.val_split, by_order=by_order,
+        **datasets.options(config, data['input_size'][0], is_training=False))
     loader = loaders.build_loader(config, val_set, data, device, is_training=False)
     digest = results.weights_digest(model.state_dict())
     metrics = evaluate(model.to(device).eval(), loader, device)
+    # a stream tells about how many images it has, and leaves those out that it cannot read
+    unread = 0 if isinstance(val_set, IterableDataset) else len(val_set) - metrics['samples']
     architecture = model.pretrained_cfg['architecture']
     return {
         'data': str(config.data_dir), 'dataset': config.dataset, 'split': config.val_split,
-        'samples': loaders.count_images(val_set, 1), **metrics,
+        'unreadable': unread, 'classes': match.told(), **metrics,
         'architecture': timm_architecture(architecture) or architecture,
         'weights_sha256': digest,
         'preprocessing': {key: data[key] for key in _KEYS if key in data},
@@ -145,11 +161,12 @@ def sample_images(
         data = datasets.data_config(config, network)
         found = ReidSet(open_reid(data_dir, dataset.removeprefix('reid/')).query, channels=data['input_size'][0])
     else:
-        data, found = _open(network, config)
+        data = datasets.data_config(config, network)
+        found = datasets.build_dataset(config, split, data['input_size'][0], False)
     found.transform = create_transform(is_training=False, **{key: data[key] for key in _KEYS})
     if hasattr(found, '__getitem__') and not isinstance(found, IterableDataset):
         count = min(count, len(found))
         rows = [found[i * len(found) // count] for i in range(count)]
     else:
         rows = list(islice(found, count))
-    return torch.stack([image for image, *_ in rows])
+    return torch.stack([image for image, label, *_ in rows if label != NO_LABEL])

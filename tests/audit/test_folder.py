@@ -217,7 +217,7 @@ def test_classes_by_name(images, tmp_path):
     found, _ = audit_model(str(tmp_path / 'named'), str(images), tmp_path / 'out', **OPTIONS)
     assert found.target.tolist() == [2] * 4 + [3] * 4 + [0] * 4
     export(model, tmp_path / 'nameless', data)
-    with pytest.raises(ValueError, match=r'3 classes .*the model 5.*class map'):
+    with pytest.raises(ValueError, match=r'3 classes .*the model 5.*--class-map'):
         audit_model(str(tmp_path / 'nameless'), str(images), tmp_path / 'none', **OPTIONS)
     (tmp_path / 'map.txt').write_text('other\nclass1\nclass0\nclass2\nmore\n')
     found, _ = audit_model(

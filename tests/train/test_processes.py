@@ -228,6 +228,7 @@ def test_evaluation_of_unequal_streams(tmp_path, sizes, wrapped):
         'loss': torch.nn.functional.cross_entropy(output, target).item(),
         'top1': 100 * (output.argmax(1) == target).float().mean().item(),
         'top5': 100 * (output.topk(5).indices == target[:, None]).any(1).float().mean().item(),
+        'samples': len(target),
     }
     assert results[0] == results[1] == pytest.approx(expected, rel=1e-5)
 

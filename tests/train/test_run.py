@@ -269,13 +269,16 @@ def test_crop_mode_of_the_model(images):
 
 
 def test_labels_out_of_range(finished, images, tmp_path):
-    """A data set with more classes than the model has is refused when the first such label is seen."""
+    """A data set with more classes than the model has is refused, by its names or at the first label without one."""
     root = tmp_path / 'more'
     for label in range(5):
         (root / 'validation' / f'class{label}').mkdir(parents=True)
         Image.new('L', (32, 32)).save(root / 'validation' / f'class{label}' / '0.png')
-    with pytest.raises(ValueError, match='Label 3 is outside of the 3 classes'):
+    with pytest.raises(ValueError, match='2 of the 5 classes'):
         validate(str(finished[1] / 'model'), root, workers=0, device='cpu')
+    (tmp_path / 'map.txt').write_text('\n'.join(f'class{label}' for label in range(5)))
+    with pytest.raises(ValueError, match='Label 3 is outside of the 3 classes'):
+        validate(str(finished[1] / 'model'), root, workers=0, device='cpu', class_map=str(tmp_path / 'map.txt'))
 
 
 def test_config_is_not_changed_for_the_caller(images, tmp_path):

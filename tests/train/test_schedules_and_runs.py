@@ -34,7 +34,8 @@ def found(monkeypatch, metrics):
     """Have the validations of a run find these values of top1, and 1 / top1 as the loss."""
     values = iter(metrics)
     monkeypatch.setattr(
-        runner, 'evaluate', lambda *_, **__: {'top1': (top1 := next(values)), 'top5': 100.0, 'loss': 1 / top1})
+        runner, 'evaluate',
+        lambda *_, **__: {'top1': (top1 := next(values)), 'top5': 100.0, 'loss': 1 / top1, 'samples': 12})
 
 
 def names(directory):
@@ -281,7 +282,7 @@ def test_metric_of_the_best(few, tmp_path, monkeypatch, metric, best):
     """Epochs are ranked by the highest top1 or the smallest loss, and the best two are kept."""
     metrics = iter([(20.0, 0.4), (50.0, 0.9), (40.0, 0.1), (10.0, 0.3)])
     monkeypatch.setattr(
-        runner, 'evaluate', lambda *_, **__: dict(zip(('top1', 'loss'), next(metrics), strict=True)))
+        runner, 'evaluate', lambda *_, **__: {**dict(zip(('top1', 'loss'), next(metrics), strict=True)), 'samples': 12})
     results = run(recipe(few, tmp_path, epochs=4, eval_metric=metric, checkpoint_hist=2, save_epochs=[1, 4], **SMALL))
     directory = tmp_path / 'run'
     assert results['best_epoch'] == best
