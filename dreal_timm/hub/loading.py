@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dreal_timm.errors import UNREADABLE, WeightsError, nearest
+from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.fetch import WEIGHTS_FILES, fetch
 from dreal_timm.hub.folder import check_folder
 from dreal_timm.models.releases import find_release
@@ -81,6 +82,8 @@ def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
     name = timm_name(model)
     if checkpoint and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"No checkpoint '{checkpoint}'.")
+    if checkpoint:
+        check_damage(checkpoint)
     source, path = timm.models.parse_model_name(name)
     if source is None and not checkpoint and not timm.models.is_model_pretrained(name):
         raise ValueError(f"'{model}' has no published weights: name a folder, or pass a checkpoint.")
@@ -99,12 +102,18 @@ def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
         raise WeightsError(f'Cannot load {what}{hint}: {reason}') from error
 
 
-def read_checkpoint(path: str | Path) -> Any:
+def read_checkpoint(path: str | Path, checked: bool = False) -> Any:
     """Return what a checkpoint of this package or of timm's train.py holds, tensors on the CPU; no code of it is run.
 
+    Args:
+        path: The file.
+        checked: Whether it has been compared with its checksums already.
+
     Raises:
-        WeightsError: The file is broken, or no checkpoint of PyTorch.
+        WeightsError: The file is broken or damaged, or no checkpoint of PyTorch.
     """
+    if not checked and Path(path).is_file():
+        check_damage(path)
     allow = getattr(torch.serialization, 'safe_globals', None)
     if allow is None:  # torch 2.4 knows no such context
         torch.serialization.add_safe_globals([argparse.Namespace])

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dreal_timm.attention import attention_parameters, find_sites
 from dreal_timm.errors import UNREADABLE, nearest
 from dreal_timm.hub.backbone import load_backbone, open_gates
+from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.loading import check_model_name
 from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.reid.objective import IdentityLoss
@@ -78,6 +79,8 @@ def build_model(config: SimpleNamespace) -> nn.Module:
     for key in ('initial_checkpoint', 'pretrained_path'):
         if getattr(config, key) and not Path(getattr(config, key)).is_file():
             raise FileNotFoundError(f"{key}: no file '{getattr(config, key)}'.")
+        if getattr(config, key):
+            check_damage(getattr(config, key))
     started = config.pretrained or config.pretrained_path or config.initial_checkpoint
     if started and (config.dreal.backbone or config.dreal.gates == 'open'):
         raise ValueError(

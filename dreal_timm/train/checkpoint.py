@@ -1,21 +1,27 @@
 """Checkpoints in timm's layout, written so that neither a kill nor a full disk harms one that was good
 
 `last.pth.tar` is the truth of a run: it is replaced in one step by a file that is whole on the disk. All other files
-are links to it or copies, made before: a run that is killed between them repeats its epoch and makes them again.
+are made after it, from a copy, so that damage to one file is not damage to all: a run that is killed between them makes
+them when it goes on. Nothing is removed but what the last checkpoint itself lists.
 """
 import csv
 import io
+import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ['BEST', 'LAST', 'Checkpoints', 'write_summary', 'write_text']
+from dreal_timm.hub.damage import damaged_record
 
+__all__ = ['BEST', 'LAST', 'Checkpoints', 'kept_checkpoints', 'write_summary', 'write_text']
+
+_logger = logging.getLogger(__name__)
 LAST = 'last.pth.tar'
 BEST = 'model_best.pth.tar'
 
@@ -57,8 +63,30 @@ def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
+def _name(epoch: int) -> str:
+    return f'checkpoint-{epoch}.pth.tar'
+
+
+def _milestone(epoch: int) -> str:
+    return f'milestone-{epoch + 1}.pth.tar'
+
+
 def _epoch(name: str) -> int:
     return int(name.removeprefix('checkpoint-').removesuffix('.pth.tar'))
+
+
+def _is_whole(path: Path) -> bool:
+    return zipfile.is_zipfile(path) and not damaged_record(path)
+
+
+def kept_checkpoints(directory: Path) -> list[Path]:
+    """Return the checkpoints of a folder beside the last and the best, the newest epoch first."""
+    found = []
+    for path in directory.iterdir():
+        match = re.fullmatch(r'(checkpoint|milestone)-(\d{1,9})\.pth\.tar', path.name)
+        if match is not None:
+            found.append((int(match[2]) - (match[1] == 'milestone'), path.name, path))
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 class Checkpoints:
@@ -79,32 +107,61 @@ class Checkpoints:
         self.files: list[tuple[str, float]] = []
         self.best_epoch: int | None = None
         self.best_metric: float | None = None
+        self._listed: set[str] = set()  # by the checkpoint that is gone on with
+        self._source: tuple[Path, int] | None = None  # that, and its epoch
 
     def _better(self, metric: float) -> bool:
         if self.best_metric is None:
             return True
         return metric < self.best_metric if self.decreasing else metric > self.best_metric
 
-    def load_state_dict(self, state: Mapping[str, Any], epochs: int) -> None:
-        """Go on from what the last checkpoint of the folder knows of the first `epochs` epochs; nothing is written."""
-        files = [(name, metric) for name, metric in state['checkpoint_files'] if (self.directory / name).exists()]
-        self.files = [(name, metric) for name, metric in files if _epoch(name) < epochs]
+    def load_state_dict(self, state: Mapping[str, Any], epochs: int, source: Path, epoch: int) -> None:
+        """Go on from what a checkpoint of the folder knows of the first `epochs` epochs; nothing is written.
+
+        Args:
+            state: Its `saver`.
+            epochs: Number of epochs that are done.
+            source: The file.
+            epoch: Number of its epoch, from 0.
+        """
+        own = _name(epoch)
+        self._source = (source, epoch) if epoch < epochs else None
+        self._listed = {*(name for name, _ in state['checkpoint_files']), *state.get('dropped', ())}
+        self.files = [
+            (name, metric) for name, metric in state['checkpoint_files']
+            if _epoch(name) < epochs and (name == own or (self.directory / name).exists())]
         self.best_epoch, self.best_metric = state['best_epoch'], state['best_metric']
         if self.best_epoch is not None and self.best_epoch >= epochs:
             self.best_epoch, self.best_metric = None, None
             if self.files:
                 self.best_epoch, self.best_metric = _epoch(self.files[0][0]), self.files[0][1]
 
-    def clean(self) -> None:
-        """Remove what an interrupted save left behind, and let the best file be the best epoch's again."""
+    def clean(self, milestones: Sequence[int] = ()) -> None:
+        """Finish the save that a kill interrupted; the folder must be held.
+
+        Args:
+            milestones: Numbers of epochs after which a checkpoint is kept for good.
+        """
         known = {name for name, _ in self.files}
+        for name in self._listed - known:
+            (self.directory / name).unlink(missing_ok=True)
         for path in self.directory.iterdir():
-            stale = re.fullmatch(r'checkpoint-\d+\.pth\.tar', path.name) and path.name not in known
-            if stale or path.name.endswith('.pth.tar.tmp'):
+            if re.fullmatch(r'(last|model_best|checkpoint-\d+|milestone-\d+)\.pth\.tar\.tmp', path.name):
                 path.unlink()
-        best = f'checkpoint-{self.best_epoch}.pth.tar'
-        if best in known:
+        if self._source is not None:
+            source, epoch = self._source
+            missing = [
+                name for name, wanted in (
+                    (_name(epoch), _name(epoch) in known), (_milestone(epoch), epoch + 1 in milestones))
+                if wanted and not _is_whole(self.directory / name)]
+            if epoch == self.best_epoch and _name(epoch) not in known:
+                missing.append(BEST)
+            self._copy(source, missing)
+        best = _name(self.best_epoch or 0)
+        if self.best_epoch is not None and best in known:
             self._link(self.directory / best, BEST)
+            if not _is_whole(self.directory / best):
+                _logger.warning(f'{best}, the best epoch, is damaged: without a better one nothing can be exported.')
 
     def save(self, state: Mapping[str, Any], epoch: int, metric: float, milestone: bool = False) -> bool:
         """Save an epoch.
@@ -122,49 +179,57 @@ class Checkpoints:
             OSError: It cannot be written; the files that were there are whole.
         """
         is_best = self._better(metric)
-        name = f'checkpoint-{epoch}.pth.tar'
+        name = _name(epoch)
         ranked = sorted(
             [*((n, m) for n, m in self.files if n != name), (name, metric)],
             key=lambda file: file[1], reverse=not self.decreasing,
         )
-        kept, dropped = ranked[:self.keep], ranked[self.keep:]
+        kept, dropped = ranked[:self.keep], [n for n, _ in ranked[self.keep:]]
         best_epoch, best_metric = (epoch, metric) if is_best else (self.best_epoch, self.best_metric)
         saver = {
-            'checkpoint_files': kept, 'best_epoch': best_epoch, 'best_metric': best_metric, 'pending': (None, None)}
+            'checkpoint_files': kept, 'best_epoch': best_epoch, 'best_metric': best_metric, 'pending': (None, None),
+            'dropped': dropped}
+        wanted = [
+            n for n, asked in (
+                (name, (name, metric) in kept), (BEST, is_best), (_milestone(epoch), milestone)) if asked]
 
-        scratch = self.directory / f'{LAST}.tmp'
+        last, scratch = self.directory / LAST, self.directory / f'{LAST}.tmp'
+        whole = 'The checkpoint before is whole' if last.exists() else 'There is none before'
         try:
             with scratch.open('wb') as file:
                 torch.save({**state, 'epoch': epoch, 'metric': metric, 'version': 2, 'saver': saver}, file)
             _sync(scratch)
-            if (name, metric) in kept:
-                self._link(scratch, name)
-            if is_best:
-                self._link(scratch, BEST)
-            if milestone:
-                self._link(scratch, f'milestone-{epoch + 1}.pth.tar')
-            os.replace(scratch, self.directory / LAST)
+            os.replace(scratch, last)
+            _sync(self.directory)
+            whole = f'{LAST} is whole'
+            self._copy(last, wanted)
             _sync(self.directory)
         except (OSError, RuntimeError) as error:  # torch's writer tells of a full disk by a RuntimeError
             scratch.unlink(missing_ok=True)
             reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]
-            last = 'The checkpoint before is whole' if (self.directory / LAST).exists() else 'There is none before'
             raise OSError(
-                f'epoch {epoch + 1}: cannot write a checkpoint to {self.directory} ({reason}). {last}; '
+                f'epoch {epoch + 1}: cannot write a checkpoint to {self.directory} ({reason}). {whole}; '
                 'resume=auto goes on from it once there is room.'
             ) from error
         self.files, self.best_epoch, self.best_metric = kept, best_epoch, best_metric
-        for old, _ in dropped:
+        for old in dropped:
             (self.directory / old).unlink(missing_ok=True)
         return is_best
 
-    def _link(self, source: Path, name: str) -> None:
+    def _copy(self, source: Path, names: Sequence[str]) -> None:
+        """Give a checkpoint a second body under the first of these names, and link the others to that."""
+        for index, name in enumerate(names):
+            self._link(source if index == 0 else self.directory / names[0], name, copy=index == 0)
+
+    def _link(self, source: Path, name: str, copy: bool = False) -> None:
         scratch = self.directory / f'{name}.tmp'
         scratch.unlink(missing_ok=True)
         try:
             try:
+                if copy:
+                    raise OSError
                 os.link(source, scratch)
-            except OSError:  # a file system without hard links
+            except OSError:  # also a file system without hard links
                 shutil.copyfile(source, scratch)
                 _sync(scratch)
             os.replace(scratch, self.directory / name)

@@ -12,6 +12,7 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, b
 from timm.models import safe_model_name
 
 from dreal_timm.train.checkpoint import LAST
+from dreal_timm.train.lock import LOCK
 from dreal_timm.train.resume import is_last_of
 
 __all__ = ['fast_kernels', 'launch', 'run_directory']
@@ -86,8 +87,11 @@ def run_directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main:
 
     Raises:
         FileExistsError: The folder holds something that is not gone on with.
+        FileNotFoundError: `resume` names no file.
         ValueError: `resume` does not say which folder.
     """
+    if config.resume not in ('', 'auto') and not Path(config.resume).is_file():
+        raise FileNotFoundError(f"resume: no file '{config.resume}'.")
     if config.resume == 'auto' and not config.experiment:
         raise ValueError("resume: 'auto' looks into the run's folder, so that it needs a name: add experiment=NAME.")
     if config.resume not in ('', 'auto') and not config.experiment:
@@ -106,8 +110,8 @@ def run_directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main:
     if is_main and directory.exists():
         if not directory.is_dir():
             problem = f'{directory} is not a folder'
-        elif not any(directory.iterdir()):
-            pass
+        elif all(path.name == LOCK or path.suffix == '.tmp' for path in directory.iterdir()):
+            pass  # of a run that was killed before it wrote anything
         elif not (directory / 'args.yaml').is_file():
             problem = f'{directory} exists, is not empty, and is not the folder of a run'
         elif not config.resume:

@@ -20,6 +20,7 @@ from dreal_timm.train.checkpoint import Checkpoints, write_summary
 from dreal_timm.train.config import to_dict
 from dreal_timm.train.finite import FiniteWatch
 from dreal_timm.train.loaders import set_epoch
+from dreal_timm.train.lock import FolderLock
 from dreal_timm.train.progress import Meter, Progress
 from dreal_timm.train.record import Record
 from dreal_timm.train.resume import scheduler_state
@@ -49,6 +50,7 @@ class Run:
         directory: Folder of the run.
         checkpoints: Its checkpoints.
         record: What it was made with, and the time of its epochs.
+        lock: Its lock, which the first process takes.
         mixup: timm's mixup, or None.
         frozen_norms: Batch norms that stay in evaluation mode.
         start_epoch: Number of the first epoch, from 0.
@@ -68,6 +70,7 @@ class Run:
     directory: Path
     checkpoints: Checkpoints
     record: Record
+    lock: FolderLock
     mixup: Any = None
     frozen_norms: Sequence[nn.Module] = ()
     start_epoch: int = 0

@@ -1,4 +1,6 @@
 """Going on from a checkpoint: which one, whether it fits, and what is put back"""
+import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,26 +9,65 @@ from typing import Any
 import torch
 from timm.task import TrainingTask
 
+from dreal_timm.errors import WeightsError
+from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.loading import read_checkpoint
 from dreal_timm.task import DrealTask
-from dreal_timm.train.checkpoint import LAST
+from dreal_timm.train.checkpoint import LAST, kept_checkpoints
 
 __all__ = ['is_last_of', 'load_checkpoint', 'restore', 'restore_scheduler', 'resume_path', 'scheduler_state']
 
 
+_logger = logging.getLogger(__name__)
+
+
+def _problem(path: Path) -> str:
+    """Return why a checkpoint of a run cannot be gone on from, or nothing."""
+    if not zipfile.is_zipfile(path):
+        return f"'{path}' is broken or no checkpoint of PyTorch."
+    try:
+        check_damage(path)
+    except WeightsError as error:
+        return str(error)
+    return ''
+
+
 def resume_path(config: SimpleNamespace, directory: Path) -> Path | None:
-    """Return the checkpoint that the recipe resumes from, or None to start anew.
+    """Return the checkpoint that the recipe resumes from, or None to start anew; the first process alone calls this.
+
+    'auto' is the last checkpoint of the folder; where there is none, the newest one that is whole.
 
     Raises:
         FileNotFoundError: No such file.
+        WeightsError: The last checkpoint is damaged, or there is none and no other is whole.
     """
-    if config.resume == 'auto':
-        return directory / LAST if (directory / LAST).is_file() else None
     if not config.resume:
         return None
-    if not Path(config.resume).is_file():
-        raise FileNotFoundError(f"resume: no file '{config.resume}'.")
-    return Path(config.resume)
+    if config.resume != 'auto':
+        if not Path(config.resume).is_file():
+            raise FileNotFoundError(f"resume: no file '{config.resume}'.")
+        check_damage(config.resume)
+        return Path(config.resume)
+    last = directory / LAST
+    kept = kept_checkpoints(directory) if directory.is_dir() else []
+    if last.is_file():
+        problem = _problem(last)
+        if problem:
+            newest = next((path for path in kept if not _problem(path)), None)
+            todo = 'No other checkpoint of the run is whole.' if newest is None else (
+                f"The newest that is whole is {newest.name}. To go on from it: mv '{last}' '{last}.damaged', and the "
+                'same command again with resume=auto.')
+            raise WeightsError(f'resume: {problem} {todo}')
+        return last
+    for path in kept:
+        if not _problem(path):
+            _logger.warning(f'{directory} has no {LAST}: going on from {path.name}, the newest that is whole.')
+            return path
+    if kept:
+        raise WeightsError(
+            f'resume: {directory} has no {LAST}, and none of its {len(kept)} other checkpoints is whole. To start '
+            'anew, choose another experiment=NAME.')
+    return None
 
 
 def is_last_of(path: Path, directory: Path) -> bool:
@@ -41,7 +82,7 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
         ValueError: The file is broken, is no training checkpoint, or is of another model.
     """
     try:
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, checked=True)
     except ValueError as error:
         raise ValueError(f'resume: {error}') from error
     keys = checkpoint if isinstance(checkpoint, dict) else {}

@@ -1,8 +1,7 @@
 """A run from a recipe to an exported network: set-up, training, export"""
 import json
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,16 +18,18 @@ from timm.utils import random_seed
 from torch import nn
 
 from dreal_timm.hub import describe_network, export
+from dreal_timm.hub.loading import read_checkpoint
 from dreal_timm.hub.results import shared_settings
 from dreal_timm.hub.run import NETWORK
 from dreal_timm.hub.upload import check_target
 from dreal_timm.train import build, datasets, loaders, reid
-from dreal_timm.train.checkpoint import BEST, Checkpoints, write_summary, write_text
+from dreal_timm.train.checkpoint import BEST, LAST, Checkpoints, write_summary, write_text
 from dreal_timm.train.config import load_config, to_dict
 from dreal_timm.train.evaluate import METRICS, evaluate
 from dreal_timm.train.launch import launch, run_directory
+from dreal_timm.train.lock import FolderLock
 from dreal_timm.train.loop import Run, fit
-from dreal_timm.train.publish import publish
+from dreal_timm.train.publish import export_anew, publish
 from dreal_timm.train.record import RECORD, Record
 from dreal_timm.train.resume import is_last_of, load_checkpoint, restore, restore_scheduler, resume_path
 from dreal_timm.train.trackers import check_trackers, start_trackers
@@ -139,8 +140,8 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, path: Path | None, check
         run.start_epoch = config.start_epoch
     if checkpoint is not None and path is not None:
         run.history = [entry for entry in checkpoint.get('history', []) if entry['epoch'] < run.start_epoch]
-        if is_main and is_last_of(path, run.directory):
-            run.checkpoints.load_state_dict(checkpoint['saver'], run.start_epoch)
+        if is_main and (config.resume == 'auto' or is_last_of(path, run.directory)):
+            run.checkpoints.load_state_dict(checkpoint['saver'], run.start_epoch, path, int(checkpoint['epoch']))
             run.record.load(run.directory, run.start_epoch)
     if run.scheduler is None:
         for group in optimizer.param_groups:
@@ -153,14 +154,45 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, path: Path | None, check
         _tell_changes(config, checkpoint, run.accelerator.num_processes)
 
 
+def _decide(is_main: bool, decision: Callable[[], Any]) -> Any:
+    """Return what the first process decides, or raise what it raises, in every process."""
+    found: list[Any] = [None, None]
+    if is_main:
+        try:
+            found = [decision(), None]
+        except (OSError, ValueError) as error:
+            found = [None, error]
+    result, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise problem
+    return result
+
+
+def _held_path(config: SimpleNamespace, lock: FolderLock, directory: Path) -> Path | None:
+    """Hold a folder that exists, and return what to go on from: nobody else replaces it any more."""
+    if directory.is_dir():
+        lock.take(directory)
+    return resume_path(config, directory)
+
+
 def set_up(config: SimpleNamespace) -> Run:
-    """Check and build everything of a run; nothing is written.
+    """Check and build everything of a run; nothing is written, but for the lock of a folder that exists.
 
     Raises:
+        BlockingIOError: Another run holds the folder.
         FileNotFoundError: The data or a checkpoint is missing.
         FileExistsError: The run's folder exists and is not empty.
         ValueError: A setting is wrong.
     """
+    lock = FolderLock()
+    try:
+        return _set_up(config, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _set_up(config: SimpleNamespace, lock: FolderLock) -> Run:
     build.import_device_modules(config)
     _check_metric(config)
     check_trackers(config.log_with or (), config.log_kwargs)
@@ -181,7 +213,7 @@ def set_up(config: SimpleNamespace) -> Run:
             train_set, val_set = _build_data(config, model, data)
     directory = run_directory(config, data['input_size'], is_main)
     # one process decides: a machine that does not see the folder stops, in place of training from the start
-    path = broadcast_object_list([resume_path(config, directory)])[0]
+    path = _decide(is_main, lambda: _held_path(config, lock, directory))
     checkpoint = None if path is None else load_checkpoint(path, config)
     if people is not None and path is None:
         reid.read_all(config, people, processes)
@@ -219,7 +251,7 @@ def set_up(config: SimpleNamespace) -> Run:
         scheduler=None, epochs=config.epochs, train_loader=train_loader, validate=validate,
         class_names=names, directory=directory,
         checkpoints=Checkpoints(directory, config.checkpoint_hist, decreasing), record=Record(device, processes),
-        mixup=mixup, frozen_norms=frozen,
+        mixup=mixup, frozen_norms=frozen, lock=lock,
     )
     run.scheduler, run.epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(config, decreasing_metric=decreasing), updates_per_epoch=run.updates_per_epoch)
@@ -236,15 +268,13 @@ def set_up(config: SimpleNamespace) -> Run:
 
 def _export(run: Run) -> None:
     """Export the weights that the best epoch was ranked by."""
-    best = torch.load(run.directory / BEST, map_location='cpu', weights_only=True)
+    best = read_checkpoint(run.directory / BEST)
     assert best['epoch'] == run.checkpoints.best_epoch
     averaged = run.config.model_ema and not run.config.model_ema_force_cpu
     run.model.load_state_dict(best['state_dict_ema' if averaged else 'state_dict'])
     if reid.is_reid(run.config):
         run.model.reset_classifier(0)  # nobody has these identities
     target = run.directory / 'model'
-    if target.exists():  # a resumed run exports its own folder anew
-        shutil.rmtree(target)
     # a run that was killed after its last checkpoint comes here without an epoch
     write_summary(run.directory / 'summary.csv', run.history)
     run.record.write(run.directory)
@@ -254,7 +284,8 @@ def _export(run: Run) -> None:
         'training/run.json': (run.directory / RECORD).read_bytes(),
         'training/summary.csv': (run.directory / 'summary.csv').read_bytes(),
     }
-    export(run.model, target, data_config=run.data, label_names=_label_names(run), files=files)
+    export_anew(target, lambda: export(
+        run.model, target, data_config=run.data, label_names=_label_names(run), files=files))
 
 
 def describe(results: Mapping[str, Any]) -> str:
@@ -299,6 +330,7 @@ def run(
 
     Raises:
         FileNotFoundError: The recipe, the data or a checkpoint is missing.
+        BlockingIOError: Another run writes to the folder.
         FileExistsError: The run's folder exists and is not empty.
         FloatingPointError: A loss was not finite.
         OSError: A checkpoint cannot be written.
@@ -308,13 +340,28 @@ def run(
     if isinstance(config, SimpleNamespace):
         config = to_dict(config)
     state = set_up(load_config(config, overrides))
+    try:
+        return _run(state)
+    finally:
+        state.lock.release()
+
+
+def _open_folder(run: Run) -> None:
+    """Make the run's folder, or finish what a kill left in it, and write what it is made of."""
+    directory = run.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    run.lock.take(directory)
+    if not run.config.resume and (directory / LAST).exists():
+        raise FileExistsError(f'{directory}: another run has written here meanwhile. Choose another experiment=NAME.')
+    run.checkpoints.clean(run.config.save_epochs or ())
+    write_text(directory / 'args.yaml', yaml.safe_dump(to_dict(run.config), sort_keys=False))
+    network = describe_network(run.model, run.data, _label_names(run))
+    write_text(directory / NETWORK, json.dumps(network, indent=2) + '\n')
+
+
+def _run(state: Run) -> dict[str, Any]:
     accelerator, is_main, directory = state.accelerator, state.accelerator.is_main_process, state.directory
-    if is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        state.checkpoints.clean()
-        network = describe_network(state.model, state.data, _label_names(state))
-        write_text(directory / NETWORK, json.dumps(network, indent=2) + '\n')
-        write_text(directory / 'args.yaml', yaml.safe_dump(to_dict(state.config), sort_keys=False))
+    _decide(is_main, lambda: _open_folder(state))
     start_trackers(
         accelerator, directory, to_dict(state.config), state.config.log_kwargs,
         state.start_epoch * state.updates_per_epoch,

@@ -58,10 +58,13 @@ PLACES = {
     'validation': lambda: die_at_call(runner, 'evaluate', 1),
     'validation of the average': lambda: die_at_call(runner, 'evaluate', 2, after=True),
     'half a write': lambda: die_in_write(1),
+    'before last is replaced': lambda: die_at_call(checkpoint.os, 'replace', 3),
+    'after last is replaced': lambda: die_at_call(checkpoint.Checkpoints, '_copy', 1),
+    'before a copy': lambda: die_at_call(checkpoint.shutil, 'copyfile', 1),
+    'after a copy': lambda: die_at_call(checkpoint.shutil, 'copyfile', 1, after=True),
     'before a link': lambda: die_at_call(checkpoint.os, 'link', 1),
     'after a link': lambda: die_at_call(checkpoint.os, 'link', 1, after=True),
-    'before last is replaced': lambda: die_at_call(checkpoint.Checkpoints, '_link', 2, after=True),
-    'after last is replaced': lambda: die_at_call(loop, 'write_summary', 1),
+    'after all files': lambda: die_at_call(loop, 'write_summary', 1),
     'after the summary': lambda: die_at_call(loop, 'write_summary', 1, after=True),
 }
 
@@ -97,7 +100,7 @@ def main() -> None:
     kills, longest = int(sys.argv[2]), float(sys.argv[3])
     last = Path(recipe['output'], recipe['experiment'], 'last.pth.tar')
     moments = random.Random(0)
-    places, done = list(PLACES), 0
+    places, done = list(PLACES) if sys.argv[4] == 'all' else [], 0
     while done < kills:
         place = places.pop(0) if places else None
         killed = attempt(recipe, place, 60.0 if place else moments.uniform(0.0, longest))

@@ -4,13 +4,18 @@ import resource
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from equal import assert_equal
 from small_run import recipe
 
+from dreal_timm.errors import WeightsError
+from dreal_timm.hub import export_run
+from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.train import load_config, run
 from dreal_timm.train.checkpoint import BEST, LAST, Checkpoints, write_summary
 from dreal_timm.train.runner import set_up
@@ -39,7 +44,7 @@ def test_the_best_are_kept(tmp_path, monkeypatch, links):
     assert [state['metric'] for state in loaded.values()] == [5.0, 5.0, 4.0, 1.0, 5.0]
     assert loaded[LAST]['saver'] == {
         'checkpoint_files': [('checkpoint-2.pth.tar', 5.0), ('checkpoint-3.pth.tar', 5.0)],
-        'best_epoch': 2, 'best_metric': 5.0, 'pending': (None, None),
+        'best_epoch': 2, 'best_metric': 5.0, 'pending': (None, None), 'dropped': ['checkpoint-4.pth.tar'],
     }
 
 
@@ -50,41 +55,110 @@ def test_a_lower_loss_is_better(tmp_path):
     assert names(tmp_path) == ['checkpoint-1.pth.tar', LAST, BEST]
 
 
-def test_leftovers_of_a_kill_are_removed(tmp_path):
-    """Going on, what an interrupted save left behind is removed, and nothing else."""
+def gone_on(directory, epochs=None, **options):
+    """The checkpoints of a run that goes on from the last one of a folder."""
+    last = torch.load(directory / LAST, weights_only=True)
+    checkpoints = Checkpoints(directory, **options)
+    checkpoints.load_state_dict(
+        last['saver'], last['epoch'] + 1 if epochs is None else epochs, directory / LAST, last['epoch'])
+    return checkpoints
+
+
+def test_only_what_the_last_lists_is_removed(tmp_path):
+    """Going on, our scratch files are removed, and no checkpoint that the last one does not list."""
     checkpoints = Checkpoints(tmp_path, keep=3)
     checkpoints.save({}, 0, 1.0)
-    for name in ('checkpoint-1.pth.tar', f'{LAST}.tmp', 'checkpoint-mine.pth.tar', 'milestone-9.pth.tar'):
+    mine = ('checkpoint-1.pth.tar', 'checkpoint-mine.pth.tar', 'milestone-9.pth.tar', 'notes.tmp')
+    for name in (*mine, f'{LAST}.tmp', 'checkpoint-7.pth.tar.tmp'):
         (tmp_path / name).write_bytes(b'x')
-    again = Checkpoints(tmp_path, keep=3)
-    again.load_state_dict(torch.load(tmp_path / LAST, weights_only=True)['saver'], epochs=1)
-    assert len(names(tmp_path)) == 7  # nothing is written before the run begins
+    again = gone_on(tmp_path, keep=3)
+    assert len(names(tmp_path)) == 9  # nothing is written before the run begins
     again.clean()
-    assert names(tmp_path) == [
-        'checkpoint-0.pth.tar', 'checkpoint-mine.pth.tar', LAST, 'milestone-9.pth.tar', BEST]
+    assert names(tmp_path) == sorted(['checkpoint-0.pth.tar', LAST, BEST, *mine])
     assert (again.best_epoch, again.best_metric, again.files) == (0, 1.0, [('checkpoint-0.pth.tar', 1.0)])
 
 
-def test_the_best_file_follows_the_best_epoch(tmp_path, monkeypatch):
-    """Killed between the best file and the last one, an epoch that comes out worse leaves the best epoch's weights."""
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save({'x': torch.tensor(0)}, 0, 50.0)
-    replace = os.replace
+def test_bodies(tmp_path):
+    """Damage to the last file is not damage to the others: they have a body of their own, and share that."""
+    Checkpoints(tmp_path).save({'x': torch.ones(4)}, 0, 1.0, milestone=True)
+    inodes = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+    assert len(inodes) == 4
+    assert inodes.pop(LAST) not in inodes.values()
+    assert len(set(inodes.values())) == 1
 
-    def killed(source, target):
-        if Path(target).name == LAST:
-            raise KeyboardInterrupt
-        replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr('os.replace', killed)
-        checkpoints.save({'x': torch.tensor(1)}, 1, 60.0)
-    assert torch.load(tmp_path / BEST, weights_only=True)['epoch'] == 1
-    again = Checkpoints(tmp_path)
-    again.load_state_dict(torch.load(tmp_path / LAST, weights_only=True)['saver'], epochs=1)
-    again.clean()
-    assert not again.save({'x': torch.tensor(1)}, 1, 49.0)
-    assert (again.best_epoch, torch.load(tmp_path / BEST, weights_only=True)['epoch']) == (0, 0)
+def content(directory):
+    return {path.name: torch.load(path, weights_only=True) for path in directory.iterdir()}
+
+
+def _epochs(checkpoints, first, last):
+    """Save epochs whose metric goes up and down; two are kept, and a milestone after the third."""
+    metrics = [1.0, 3.0, 2.0, 4.0, 0.5]
+    for epoch in range(first, last):
+        checkpoints.save({'x': torch.full((3,), epoch)}, epoch, metrics[epoch], milestone=epoch == 2)
+
+
+_CALLS = [(owner, name) for owner, name in (
+    (torch, 'save'), (os, 'fsync'), (os, 'replace'), (os, 'link'), (shutil, 'copyfile'), (Path, 'unlink'))]
+
+
+def _kill_at(number, after):
+    """Die at the n-th call of all that touches the disk, before it or after; half a file is what a copy leaves."""
+    left = [number]
+
+    def dying(original, name):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                if name == 'copyfile':
+                    Path(arguments[1]).write_bytes(Path(arguments[0]).read_bytes()[:100])
+                os._exit(9)
+            result = original(*arguments, **options)
+            if left[0] == 0:
+                os._exit(9)
+            return result
+        return call
+
+    for owner, name in _CALLS:
+        setattr(owner, name, dying(getattr(owner, name), name))
+
+
+@pytest.mark.parametrize('epoch', range(5))
+def test_a_kill_at_each_step_of_a_save(tmp_path, epoch):
+    """Killed before and after each thing that a save does to the disk, a run that goes on ends with the same files."""
+    whole = tmp_path / 'whole'
+    whole.mkdir()
+    _epochs(Checkpoints(whole, keep=2), 0, 5)
+    expected = content(whole)
+    for number, after in ((number, after) for number in range(1, 60) for after in (False, True)):
+        folder = tmp_path / f'{number}-{after}'
+        folder.mkdir()
+        checkpoints = Checkpoints(folder, keep=2)
+        _epochs(checkpoints, 0, epoch)
+        pid = os.fork()
+        if pid == 0:
+            _kill_at(number, after)
+            _epochs(checkpoints, epoch, epoch + 1)
+            os._exit(0)
+        killed = os.waitpid(pid, 0)[1] != 0
+        done = 0
+        if (folder / LAST).exists():
+            again = gone_on(folder, keep=2)
+            done = torch.load(folder / LAST, weights_only=True)['epoch'] + 1
+        else:
+            assert epoch == 0
+            again = Checkpoints(folder, keep=2)
+        again.clean(milestones=[3])
+        _epochs(again, done, 5)
+        found = content(folder)
+        assert found.keys() == expected.keys(), (number, after)
+        for name, state in expected.items():
+            assert found[name]['epoch'] == state['epoch'] and torch.equal(found[name]['x'], state['x']), (name, number)
+            assert found[name]['saver'] == state['saver']
+        shutil.rmtree(folder)
+        if not killed:
+            break
+    assert not killed and number > 5
 
 
 def test_rewound_checkpoints(tmp_path):
@@ -92,13 +166,12 @@ def test_rewound_checkpoints(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for epoch, metric in enumerate([3.0, 1.0, 5.0]):
         checkpoints.save({}, epoch, metric)
-    again = Checkpoints(tmp_path)
-    again.load_state_dict(torch.load(tmp_path / LAST, weights_only=True)['saver'], epochs=2)
+    again = gone_on(tmp_path, epochs=2)
     assert (again.best_epoch, again.best_metric) == (0, 3.0)
     again.clean()
     assert names(tmp_path) == ['checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', LAST, BEST]
     assert torch.load(tmp_path / BEST, weights_only=True)['epoch'] == 0
-    again.load_state_dict(torch.load(tmp_path / LAST, weights_only=True)['saver'], epochs=0)
+    again = gone_on(tmp_path, epochs=0)
     assert (again.best_epoch, again.files) == (None, [])
 
 
@@ -252,6 +325,136 @@ def test_resume_auto_of_nothing(images, tmp_path):
     (tmp_path / 'other' / 'precious').write_text('')
     with pytest.raises(FileExistsError, match='not empty'):
         run(recipe(images, tmp_path, resume='auto', experiment='other'))
+
+
+def _flip_signs(path, count=3):
+    """Flip the sign bits of numbers in the largest record of a checkpoint, as a bad disk would."""
+    with zipfile.ZipFile(path) as file:
+        record = max(file.infolist(), key=lambda info: info.file_size)
+        with file.open(record) as opened:
+            start = opened._orig_compress_start
+    content = bytearray(path.read_bytes())
+    for number in range(count):
+        content[start + 4 * number + 3] ^= 0x80
+    path.write_bytes(content)
+    return record.filename
+
+
+def _zero_a_page(path):
+    with zipfile.ZipFile(path) as file:
+        record = max(file.infolist(), key=lambda info: info.file_size)
+        with file.open(record) as opened:
+            start = opened._orig_compress_start
+    content = bytearray(path.read_bytes())
+    content[start:start + 512] = bytes(512)
+    path.write_bytes(content)
+    return record.filename
+
+
+@pytest.mark.parametrize('damage', [_flip_signs, _zero_a_page])
+def test_a_damaged_checkpoint_is_read_by_nothing(images, stopped, tmp_path, damage):
+    """torch.load reads flipped bits without a word; no command of ours does, and no file is written."""
+    shutil.copytree(stopped, tmp_path / 'run')
+    paths = [tmp_path / 'run' / name for name in (LAST, BEST, 'checkpoint-0.pth.tar')]
+    (tmp_path / 'run' / BEST).unlink()
+    shutil.copyfile(stopped / BEST, tmp_path / 'run' / BEST)  # a body of its own
+    for path in paths:
+        record = damage(path)
+        torch.load(path, weights_only=True)
+        with pytest.raises(WeightsError, match=record):
+            read_checkpoint(path)
+    before = content_of(tmp_path / 'run')
+    last = str(paths[0])
+    for values in (
+        {'resume': 'auto'}, {'resume': last, 'experiment': 'new'}, {'initial_checkpoint': last, 'experiment': 'new'},
+        {'dreal': {'backbone': last}, 'experiment': 'new'}, {'pretrained_path': last, 'experiment': 'new'},
+    ):
+        with pytest.raises(WeightsError, match='CRC'):
+            run(recipe(images, tmp_path, **values))
+    with pytest.raises(WeightsError, match='CRC'):
+        export_run(tmp_path / 'run', tmp_path / 'exported')
+    with pytest.raises(WeightsError, match='CRC'):
+        load('test_resnet', last)
+    assert content_of(tmp_path / 'run') == before
+    assert names(tmp_path) == ['run']
+
+
+def content_of(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_a_damaged_file_of_another_program(tmp_path, caplog):
+    """A file that no run of ours wrote is read, with a warning: some write no checksums."""
+    torch.save({'state_dict': {'a': torch.ones(10_000)}}, tmp_path / 'other.pth')
+    _flip_signs(tmp_path / 'other.pth')
+    assert read_checkpoint(tmp_path / 'other.pth')['state_dict']['a'].sum() == 9_994
+    assert 'may be damaged' in caplog.text
+
+
+@pytest.mark.parametrize('damage', [_flip_signs, lambda path: path.write_bytes(path.read_bytes()[:5_000])])
+def test_a_damaged_last_is_told_with_the_way_out(images, tmp_path, damage):
+    """The error names the newest whole file; moved out of the way, the run goes on from that to the bit."""
+    whole = run(recipe(images, tmp_path, experiment='whole', epochs=3))
+    run(recipe(images, tmp_path, epochs=3, stop_epoch=2))
+    folder = tmp_path / 'run'
+    damage(folder / LAST)
+    newest = max(folder.glob('checkpoint-*'), key=lambda path: path.name)
+    with pytest.raises(WeightsError, match=rf'{newest.name}.*mv .*last\.pth\.tar'):
+        run(recipe(images, tmp_path, epochs=3, resume='auto'))
+    (folder / LAST).rename(folder / 'last.damaged')
+    resumed = run(recipe(images, tmp_path, epochs=3, resume='auto'))
+    assert resumed['epochs'] == whole['epochs']
+    states = [torch.load(tmp_path / name / LAST, weights_only=True) for name in ('whole', 'run')]
+    for state in states:
+        del state['args']
+    assert_equal(*states)
+    assert names(folder) == sorted([*names(tmp_path / 'whole'), 'last.damaged'])
+
+
+@pytest.mark.parametrize('left', [['checkpoint-0', 'checkpoint-1'], ['checkpoint-0', 'milestone-2'], ['checkpoint-0']])
+def test_without_a_last(images, tmp_path, left):
+    """Without a last checkpoint 'auto' goes on from the newest one that is whole, to the bit, and removes nothing."""
+    whole = run(recipe(images, tmp_path, experiment='whole', epochs=3, save_epochs=[2]))
+    run(recipe(images, tmp_path, epochs=3, save_epochs=[2], stop_epoch=2))
+    folder = tmp_path / 'run'
+    kept = {f'{name}.pth.tar' for name in left}
+    for path in folder.glob('*.pth.tar'):
+        if path.name not in kept:
+            path.unlink()
+    shutil.copyfile(folder / 'checkpoint-0.pth.tar', folder / 'checkpoint-17.pth.tar')
+    _flip_signs(folder / 'checkpoint-17.pth.tar')  # newer by its name, and not whole
+    resumed = run(recipe(images, tmp_path, epochs=3, save_epochs=[2], resume='auto'))
+    assert resumed['epochs'] == whole['epochs']
+    assert names(folder) == sorted([*names(tmp_path / 'whole'), 'checkpoint-17.pth.tar'])
+    for name in (LAST, BEST, 'milestone-2.pth.tar'):
+        states = [torch.load(tmp_path / run_ / name, weights_only=True)['state_dict'] for run_ in ('whole', 'run')]
+        assert_equal(*states)
+
+
+def test_nothing_whole_is_left(images, stopped, tmp_path):
+    """Where no checkpoint is whole the run stops, and nothing is removed or written."""
+    shutil.copytree(stopped, tmp_path / 'run')
+    (tmp_path / 'run' / LAST).unlink()
+    _flip_signs(tmp_path / 'run' / 'checkpoint-0.pth.tar')
+    before = content_of(tmp_path / 'run')
+    with pytest.raises(WeightsError, match='none of its 1 other checkpoints is whole'):
+        run(recipe(images, tmp_path, resume='auto'))
+    assert content_of(tmp_path / 'run') == before
+
+
+def test_files_of_the_user_stay(images, stopped, tmp_path):
+    """A run that goes on exports anew, and leaves what else lies in its folder and in model/."""
+    shutil.copytree(stopped, tmp_path / 'run')
+    mine = ['notes.txt', 'model/notes.txt', 'model/test/mine.json', 'checkpoint-99.pth.tar']
+    for name in mine:
+        (tmp_path / 'run' / name).write_text(name)
+    run(recipe(images, tmp_path, resume='auto'))
+    whole = run(recipe(images, tmp_path, experiment='whole'))
+    for name in mine:
+        assert (tmp_path / 'run' / name).read_text() == name
+    for name in ('model.safetensors', 'config.json', 'test/rand_tensors.safetensors'):
+        assert (tmp_path / 'run' / 'model' / name).read_bytes() == Path(whole['model'], name).read_bytes()
+    assert not (tmp_path / 'run' / 'model.kept').exists()
 
 
 def test_changed_settings_are_told(images, stopped, tmp_path, caplog):

@@ -32,7 +32,7 @@ PAPER = COMMON | {
 EFFECTIVE = {
     'quickstart': SMALL | {
         'data_dir': 'data/digits', 'mean': [0.3], 'std': [0.38], 'batch_size': 64, 'workers': 0, 'lr': 0.05,
-        'epochs': 6, 'warmup_epochs': 0, 'hflip': 0.0, 'log_interval': 11,
+        'epochs': 6, 'warmup_epochs': 0, 'hflip': 0.0, 'checkpoint_hist': 2, 'log_interval': 11,
     },
     'fashion_mnist': SMALL | {
         'data_dir': 'data/fashion-mnist', 'dataset': 'torch/fashion_mnist', 'mean': [0.286], 'std': [0.353],

@@ -46,7 +46,7 @@ def test_files(finished, images):
     """The folder holds the recipe, the summary, both checkpoints and the exported model."""
     _, directory = finished
     assert {path.name for path in directory.iterdir()} == {
-        'args.yaml', 'network.json', 'run.json', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'model',
+        '.lock', 'args.yaml', 'network.json', 'run.json', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'model',
         *(f'checkpoint-{epoch}.pth.tar' for epoch in range(8)),
     }
     assert yaml.safe_load((directory / 'args.yaml').read_text())['data_dir'] == str(images)
@@ -192,7 +192,7 @@ def test_divergence_stops_the_run(images, tmp_path):
     """A loss that is not finite ends the run with the epoch and the folder, not with a model of NaN."""
     with pytest.raises(FloatingPointError, match=r'epoch 1, step [12] of 4.*class_loss is (nan|inf).*lr'):
         run(recipe(images, tmp_path, lr=1e20, eval_metric='loss'))
-    assert {path.name for path in (tmp_path / 'run').iterdir()} == {'args.yaml', 'network.json'}
+    assert {path.name for path in (tmp_path / 'run').iterdir()} == {'.lock', 'args.yaml', 'network.json'}
 
 
 def test_checkpoint_that_does_not_fit(finished, images):
