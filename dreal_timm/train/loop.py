@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.task import TrainingTask
-from timm.utils import dispatch_clip_grad, distribute_bn, random_seed
+from timm.utils import dispatch_clip_grad, distribute_bn, random_seed, unwrap_model
 from torch import nn
 
 from dreal_timm.task import DrealTask
@@ -54,6 +55,7 @@ class Run:
         mixup: timm's mixup, or None.
         frozen_norms: Batch norms that stay in evaluation mode.
         start_epoch: Number of the first epoch, from 0.
+        batch: Images and targets of the last step of an epoch.
         history: For each epoch so far 'epoch', 'lr', 'train', 'validation' and 'validation_ema'.
     """
     config: SimpleNamespace
@@ -74,6 +76,7 @@ class Run:
     mixup: Any = None
     frozen_norms: Sequence[nn.Module] = ()
     start_epoch: int = 0
+    batch: tuple[torch.Tensor, torch.Tensor] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -148,7 +151,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
                 run.optimizer.zero_grad()
             # the last update of an epoch may join fewer steps
             result = _step(run, input, target, accum if index < last_group else steps - last_group, update)
-            done = index + 1
+            done, run.batch = index + 1, (input, target)
             meter.update(result, target)
             watch.update(index, result)
             if update:
@@ -184,16 +187,37 @@ def _join_norms(run: Run, ema: bool = False) -> None:
         distribute_bn(run.task.get_trainable_module(ema=ema), processes, reduce=config.dist_bn == 'reduce')
 
 
+@torch.no_grad()
+def _check_weights(run: Run, epoch: int, model: nn.Module) -> None:
+    """Have a network that is to be saved look at the epoch's last batch: a step may have broken it after its own loss.
+
+    Raises:
+        FloatingPointError: A logit, or the loss, is not finite, in any process.
+    """
+    assert run.batch is not None
+    input, target = run.batch
+    model = unwrap_model(model)  # no collectives of a wrapper
+    model.eval()
+    with run.accelerator.autocast():
+        output = model(input).float()
+    finite = output.isfinite().all() & F.cross_entropy(output, target).isfinite()
+    if not run.accelerator.gather(finite[None]).all():
+        raise FloatingPointError(
+            f'epoch {epoch + 1}: with the weights after its last step the loss is not finite, and nothing of it is '
+            'saved. Training has diverged: try a smaller lr, or clip_grad.')
+
+
 def _evaluate(run: Run, epoch: int) -> dict[str, dict[str, float]]:
     """Validate the network, and its moving average where there is one on the device."""
     config, task = run.config, run.task
     averaged = task.has_ema() and not config.model_ema_force_cpu
     if averaged:
         _join_norms(run, ema=True)
-    if run.validate is None:
-        return {}
-    metrics = {}
+    metrics: dict[str, dict[str, float]] = {}
     for name, ema in [('validation', False)] + ([('validation_ema', True)] if averaged else []):
+        if run.validate is None:
+            _check_weights(run, epoch, task.get_eval_model(ema=ema))
+            continue
         metrics[name] = run.validate(task.get_eval_model(ema=ema))
         if not math.isfinite(metrics[name].get('loss', 0.0)):
             raise FloatingPointError(
@@ -258,6 +282,7 @@ def fit(run: Run) -> None:
                 run.scheduler.step(epoch + 1, None)
             continue
         metrics = _evaluate(run, epoch)
+        run.batch = None
         entry.update(metrics)
         ranked = metrics.get('validation_ema') or metrics.get('validation') or train
         metric = epoch + 1.0 if run.eval_metric == 'epoch' else ranked[run.eval_metric]

@@ -183,6 +183,16 @@ def test_settings_of_the_launcher_are_told(images, tmp_path, monkeypatch, caplog
     assert (state.accelerator.mixed_precision, state.accelerator.gradient_accumulation_steps) == ('no', 1)
 
 
+@pytest.mark.parametrize('values', [{}, {'model_ema': True, 'model_ema_decay': 0.5}, {'mixup': 0.2}])
+def test_weights_that_the_last_step_broke(images, tmp_path, values):
+    """Without validation too: weights that are finite and useless after an epoch's last step are not saved."""
+    settings = {'val_split': '', 'epochs': 1, 'batch_size': 36, **values}
+    run(recipe(images, tmp_path, **settings, experiment='good'))
+    with pytest.raises(FloatingPointError, match='epoch 1: with the weights after its last step'):
+        run(recipe(images, tmp_path, **settings, lr=1e30))
+    assert not list((tmp_path / 'run').glob('*.pth.tar'))
+
+
 def test_a_validation_that_is_not_finite(images, tmp_path, monkeypatch):
     """Weights that break in the last step of an epoch are found by the validation, and not saved."""
     monkeypatch.setattr(runner, 'evaluate',
