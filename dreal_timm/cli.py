@@ -311,9 +311,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _as_setting(unknown: Sequence[str]) -> str:
+    """['--epochs', '1'] -> 'epochs=1'."""
+    name, equals, value = unknown[0].lstrip('-').partition('=')
+    given = value if equals else next((text for text in unknown[1:2] if not text.startswith('-')), 'VALUE')
+    return f"{name.replace('-', '_')}={given}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 where nothing was found or sent, or 2 after an error, told in a line."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = f'; settings of a recipe are written {_as_setting(unknown)}' if args.command == 'train' else ''
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     args.argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
     for name in ('timm', 'accelerate', 'httpx', 'httpx2', 'huggingface_hub', 'onnx_ir', 'onnxscript'):

@@ -108,6 +108,11 @@ def check_control(results: Mapping[str, Any], control: Mapping[str, Any]) -> Non
         if key in own and key in other and own[key] != other[key]:
             raise ValueError(
                 f'control: it was trained with dreal.{key} {other[key]!r}, and not {own[key]!r} as the network.')
+    changes = [(told.get('run') or {}).get('changes') or [] for told in (results, control)]
+    if changes[0] != changes[1]:
+        raise ValueError(
+            f'control: its settings changed during its training otherwise ({changes[1]}) than the network\'s '
+            f'({changes[0]}).')
     for key in sorted(trained.keys() | plain.keys()):
         if key not in _FREE and trained.get(key) != plain.get(key):
             raise ValueError(

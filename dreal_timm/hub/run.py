@@ -159,9 +159,10 @@ def export_run(
     if isinstance(model, ReidNetwork):
         model.reset_classifier(0)  # an embedding: nobody else has these identities
     config = model.pretrained_cfg
-    trained = None
-    if (run / 'args.yaml').is_file():
+    trained = checkpoint.get('args')  # those of the run may have changed since
+    if not isinstance(trained, Mapping) and (run / 'args.yaml').is_file():
         trained = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
+    trained = dict(trained) if isinstance(trained, Mapping) else None
     files = _training(run, checkpoint, taken, trained)
     if measure is not None:
         exported = halved(model).float() if half else model

@@ -11,7 +11,7 @@ from dreal_timm.errors import nearest
 from dreal_timm.train.keys import Key, convert
 from dreal_timm.train.table import DREAL_KEYS, KEYS, NOT_SUPPORTED
 
-__all__ = ['find_recipe', 'list_recipes', 'load_config', 'to_dict']
+__all__ = ['find_recipe', 'list_recipes', 'load_config', 'read_recipe', 'to_dict']
 
 
 def _recipe_dir() -> Path:
@@ -40,9 +40,56 @@ def find_recipe(name: str | Path) -> Path:
         f"No recipe '{name}'{nearest(str(name), recipes)}: neither a file nor one of {', '.join(recipes)}.")
 
 
-def _parse(text: str) -> Any:
+class _SettingError(yaml.constructor.ConstructorError):
+    """A key that stands twice, or has no value."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's, which takes the last of two keys of one name, and nothing for null, without these two."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, value in node.value:
+            name = getattr(key, 'value', None)
+            if isinstance(name, str) and name in seen and key.tag != 'tag:yaml.org,2002:merge':
+                raise _SettingError(problem=f"key '{name}' stands twice", problem_mark=key.start_mark)
+            seen.add(name if isinstance(name, str) else None)
+            if isinstance(value, yaml.ScalarNode) and value.value == '' and value.style is None and name != 'dreal':
+                raise _SettingError(
+                    problem=f"key '{name}' has no value: write null, or '' for an empty text",
+                    problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a YAML file.
+
+    Raises:
+        ValueError: It is no YAML file of keys and values, or a key stands twice or has no value; with the line.
+    """
     try:
-        return yaml.safe_load(text)
+        values = _load(path.read_text(encoding='utf-8'))
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is no YAML file: {str(error).splitlines()[0]}') from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        where = '' if mark is None else f', line {mark.line + 1}'
+        reason = getattr(error, 'problem', None) or ' '.join(str(error).split())[:100]
+        raise ValueError(f'{path}{where}: {reason}.') from None
+    if not isinstance(values, dict):
+        raise ValueError(f'{path} holds no keys and values.')
+    return values
+
+
+def _parse(text: str, setting: str) -> Any:
+    try:
+        return _load(text)
+    except _SettingError as error:
+        raise ValueError(f"'{setting}': {error.problem}.") from None
     except yaml.YAMLError:
         return text
 
@@ -55,7 +102,10 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         name, equals, text = override.partition('=')
         if not equals or not name:
             raise ValueError(f"Expected key=value, got '{override}'.")
-        value = text if texts.get(name) == 'str' and text != 'null' else _parse(text)
+        is_text = texts.get(name) == 'str'
+        if not text and not is_text:
+            raise ValueError(f"'{override}' has no value; {name}=null is the default.")
+        value = text if is_text and text != 'null' else _parse(text, override)
         *parents, leaf = name.split('.')
         target = values
         for parent in parents:
@@ -111,21 +161,18 @@ def load_config(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Raises:
         FileNotFoundError: No such recipe.
-        ValueError: A key is unknown, or a value has the wrong type.
+        ValueError: A key is unknown, stands twice or has no value, or a value has the wrong type.
     """
     if isinstance(recipe, Mapping):
         values: Any = dict(recipe)
     else:
-        path = find_recipe(recipe)
-        try:
-            values = yaml.safe_load(path.read_text(encoding='utf-8'))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f'{path} is no YAML file: {str(error).splitlines()[0]}') from None
-        if not isinstance(values, dict):
-            raise ValueError(f'{path} holds no keys and values.')
+        values = read_recipe(find_recipe(recipe))
     settings = _parse_overrides(overrides)
     _check_keys({name: value for name, value in settings.items() if name != 'dreal'}, KEYS)
     values = _merge(values, settings)
+    data = values.pop('data', None)  # timm's train.py has both, and this one first
+    if data is not None:
+        values['data_dir'] = values.get('data_dir') or data
     dreal = values.pop('dreal', None)
     dreal = {} if dreal is None else dreal
     if not isinstance(dreal, dict):

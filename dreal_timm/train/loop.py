@@ -241,6 +241,7 @@ def _save(run: Run, epoch: int, metric: float) -> None:
         'history': run.history,
         'processes': run.accelerator.num_processes,
         'class_names': run.class_names,
+        'changes': run.record.changes,
     }
     run.checkpoints.save(state, epoch, metric, milestone=epoch + 1 in (run.config.save_epochs or ()))
     write_summary(run.directory / 'summary.csv', run.history)

@@ -37,6 +37,10 @@ def _commit() -> str | None:
 class Record:
     """The record of a run, which grows with its epochs.
 
+    Attributes:
+        changes: Settings that changed when the run was gone on with: for each time 'epoch', the first that was trained
+            with them, from 0, and 'settings', [before, after] by their names.
+
     Args:
         device: Device of the first process.
         processes: Number of processes.
@@ -49,6 +53,7 @@ class Record:
             name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
         self.device = f'{processes} x {name}' if processes > 1 else name
         self.epochs: dict[int, dict[str, Any]] = {}
+        self.changes: list[dict[str, Any]] = []
 
     def load(self, directory: Path, epochs: int) -> None:
         """Go on from what a run's folder tells of its first `epochs` epochs."""
@@ -63,13 +68,14 @@ class Record:
         self.epochs[epoch] = {'epoch': epoch, 'seconds': round(seconds, 3), 'device': self.device}
 
     def state(self) -> Mapping[str, Any]:
-        """What is written: 'versions' and 'commit' of the process that wrote it last, and 'epochs'."""
+        """What is written: 'versions' and 'commit' of the process that wrote it last, 'changes' and 'epochs'."""
         return {
             'versions': {
                 'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
                 'accelerate': accelerate.__version__, 'dreal_timm': __version__,
             },
             'commit': _commit(),
+            'changes': self.changes,
             'epochs': [self.epochs[epoch] for epoch in sorted(self.epochs)],
         }
 

@@ -39,21 +39,28 @@ __all__ = ['describe', 'run', 'set_up']
 _logger = logging.getLogger(__name__)
 
 
-def _tell_changes(config: SimpleNamespace, checkpoint: Mapping[str, Any], processes: int) -> None:
-    """Log the settings that a resumed run changes."""
+# settings that do not change what is learnt
+_FREE = ('resume', 'stop_epoch', 'output', 'experiment', 'start_epoch', 'log_with', 'log_kwargs', 'log_interval')
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    dreal = settings.get('dreal')
+    nested = {f'dreal.{name}': value for name, value in dreal.items()} if isinstance(dreal, Mapping) else {}
+    return {**{name: value for name, value in settings.items() if name != 'dreal'}, **nested}
+
+
+def _changes(config: SimpleNamespace, checkpoint: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
+    """Return the settings that a resumed run changes: [before, after] by their names."""
     trained = checkpoint.get('args')
     if not isinstance(trained, Mapping):
-        return
-    own = ('resume', 'stop_epoch', 'output', 'experiment', 'start_epoch', 'log_with', 'log_kwargs', 'log_interval')
-    changed = [
-        f'{name} {trained[name]} -> {value}' for name, value in to_dict(config).items()
-        if name not in own and trained.get(name, value) != value
-    ]
-    before = checkpoint.get('processes', processes)
-    if before != processes:
-        changed.append(f'processes {before} -> {processes}, and with them the images of an update')
-    if changed:
-        _logger.info(f'Settings that are not those of the checkpoint: {", ".join(changed)}')
+        return {}
+    before, after = _flat(trained), _flat(to_dict(config))
+    changed = {
+        name: [before[name], value] for name, value in after.items()
+        if name not in _FREE and before.get(name, value) != value}
+    if checkpoint.get('processes', processes) != processes:
+        changed['processes'] = [checkpoint['processes'], processes]
+    return changed
 
 
 def _check_folder(config: SimpleNamespace, path: Path, checkpoint: Mapping[str, Any]) -> None:
@@ -151,7 +158,12 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, path: Path | None, check
         restore_scheduler(run.scheduler, state, run.start_epoch, run.start_epoch * run.updates_per_epoch)
     if is_main and checkpoint is not None:
         _logger.info(f'resumed from {path}: {run.start_epoch} of {run.epochs} epochs are done')
-        _tell_changes(config, checkpoint, run.accelerator.num_processes)
+        run.record.changes = [row for row in checkpoint.get('changes', ()) if row['epoch'] < run.start_epoch]
+        changed = _changes(config, checkpoint, run.accelerator.num_processes)
+        if changed:
+            told = ', '.join(f'{name} {old} -> {new}' for name, (old, new) in changed.items())
+            _logger.info(f'Settings that are not those of the checkpoint: {told}')
+            run.record.changes.append({'epoch': run.start_epoch, 'settings': shared_settings(changed)})
 
 
 def _decide(is_main: bool, decision: Callable[[], Any]) -> Any:
@@ -278,7 +290,7 @@ def _export(run: Run) -> None:
     # a run that was killed after its last checkpoint comes here without an epoch
     write_summary(run.directory / 'summary.csv', run.history)
     run.record.write(run.directory)
-    settings = yaml.safe_dump(shared_settings(to_dict(run.config)), sort_keys=False).encode()
+    settings = yaml.safe_dump(shared_settings(best['args']), sort_keys=False).encode()
     files = {
         'training/args.yaml': settings,
         'training/run.json': (run.directory / RECORD).read_bytes(),

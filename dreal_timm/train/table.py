@@ -212,7 +212,6 @@ _DISTILLATION = 'distillation is a task of its own'
 # keys of timm's train.py without a meaning here: its default, and what to do instead. A recipe may carry the default.
 NOT_SUPPORTED: dict[str, tuple[Any, str]] = {
     'task': ('classification', 'a reward needs one true class a sample, so that only classification is trained'),
-    'data': (None, 'use data_dir'),
     'fuser': ('', 'use torchcompile'),
     'torchscript': (False, 'use torchcompile'),
     'model_dtype': (None, 'weights are float32: use amp and amp_dtype'),

@@ -1,4 +1,5 @@
 import argparse
+import json
 import os
 import resource
 import shutil
@@ -462,6 +463,32 @@ def test_changed_settings_are_told(images, stopped, tmp_path, caplog):
     with caplog.at_level('INFO'):
         run(resumed(images, stopped, tmp_path, lr=0.01))
     assert 'not those of the checkpoint: lr 0.05 -> 0.01' in caplog.text
+
+
+def test_changed_settings_are_kept(images, stopped, tmp_path):
+    """run.json, checkpoints and exports tell from which epoch on which settings were others."""
+    run(resumed(images, stopped, tmp_path, epochs=4, stop_epoch=2, lr=0.01))
+    run(recipe(images, tmp_path, epochs=4, stop_epoch=3, lr=0.01, resume='auto'))
+    other = tmp_path / 'images'
+    shutil.copytree(images, other)
+    run(recipe(
+        other, tmp_path, epochs=4, lr=0.01, momentum=0.5, dreal={'gamma': 0.7}, resume='auto', eval_metric='top1'))
+    expected = [
+        {'epoch': 1, 'settings': {'epochs': [2, 4], 'lr': [0.05, 0.01]}},
+        {'epoch': 3, 'settings': {'momentum': [0.9, 0.5], 'dreal.gamma': [1.0, 0.7]}},
+    ]
+    folder = tmp_path / 'run'
+    assert json.loads((folder / 'run.json').read_text())['changes'] == expected
+    assert json.loads((folder / 'model' / 'training' / 'run.json').read_text())['changes'] == expected
+    states = {epoch: torch.load(folder / f'checkpoint-{epoch}.pth.tar', weights_only=True) for epoch in range(4)}
+    assert [state['changes'] for state in states.values()] == [[], expected[:1], expected[:1], expected]
+    assert [state['args']['lr'] for state in states.values()] == [0.05, 0.01, 0.01, 0.01]
+    export_run(folder / 'checkpoint-0.pth.tar', tmp_path / 'first')
+    assert yaml.safe_load((tmp_path / 'first' / 'training' / 'args.yaml').read_text())['lr'] == 0.05
+    branch = run(recipe(
+        images, tmp_path, epochs=4, lr=0.02, experiment='branch', resume=str(folder / 'checkpoint-1.pth.tar')))
+    assert json.loads(Path(branch['directory'], 'run.json').read_text())['changes'] == [
+        expected[0], {'epoch': 2, 'settings': {'lr': [0.01, 0.02]}}]
 
 
 def test_options_of_a_resumed_run(images, stopped, tmp_path):

@@ -190,6 +190,50 @@ def test_files_that_are_no_recipes(tmp_path):
             load_config(path)
 
 
+@pytest.mark.parametrize(('content', 'line'), [
+    ('epochs: 3\nlr: 0.1\nepochs: 4\n', 3),
+    ('lr: 0.1\ndreal:\n  gamma: 1.0\n  probe: exact\n  gamma: 0.5\n', 5),
+    ('lr: 0.1\nepochs:\n', 2),
+    ('model_kwargs: {a: 1, b: }\n', 1),
+    ('lr: 0.1\nepochs: [1\nmodel: x\n', 3),
+    ('a: b\n\tc: d\n', 2),
+])
+def test_faults_of_a_recipe_have_a_line(tmp_path, content, line):
+    """A key that stands twice, one without a value, and wrong YAML are told with their line."""
+    (tmp_path / 'r.yaml').write_text(content)
+    with pytest.raises(ValueError, match=rf'r\.yaml, line {line}: '):
+        load_config(tmp_path / 'r.yaml')
+
+
+def test_null_and_empty_texts_in_a_recipe(tmp_path):
+    """null asks for the default and '' for an empty text; an anchor is no second key."""
+    (tmp_path / 'r.yaml').write_text(
+        "epochs: null\nval_split: ''\nexperiment: ''\ndreal:\nmodel_kwargs:\n  a: &x {b: 1}\n  c: {<<: *x, d: 2}\n")
+    config = load_config(tmp_path / 'r.yaml')
+    assert (config.epochs, config.val_split) == (300, '')
+    assert config.model_kwargs == {'a': {'b': 1}, 'c': {'b': 1, 'd': 2}}
+
+
+@pytest.mark.parametrize('setting', ['epochs=', 'dreal.gamma=', 'model_kwargs=', 'model_kwargs.a=', 'lr=',
+                                     'model_kwargs={a: 1, a: 2}'])
+def test_a_setting_without_a_value(setting):
+    """A setting without a value is an error, and not the default: 300 epochs for `epochs=`."""
+    with pytest.raises(ValueError, match=setting.partition('=')[0]):
+        load_config({}, [setting])
+
+
+def test_an_empty_text_is_a_value():
+    """A text may be empty."""
+    assert load_config({}, ['val_split=']).val_split == ''
+
+
+def test_the_folder_of_timms_arguments():
+    """timm's train.py takes its folder as `data` or as `data_dir`; both are the folder of a recipe."""
+    assert load_config({'data': 'images', 'data_dir': None}).data_dir == 'images'
+    assert load_config({'data': None, 'data_dir': 'images'}).data_dir == 'images'
+    assert load_config({'data': 'images'}, ['data_dir=others']).data_dir == 'others'
+
+
 def test_configuration_round_trip(tmp_path):
     """The args.yaml of a run is a recipe that gives the same configuration."""
     config = load_config('quickstart', ['epochs=2', 'dreal.rotate=step'])
