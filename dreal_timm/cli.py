@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dreal_timm.errors import one_line
+from dreal_timm.errors import one_line, was_interrupted
 from dreal_timm.version import __version__
 
 __all__ = ['main']
@@ -318,30 +318,48 @@ def _as_setting(unknown: Sequence[str]) -> str:
     return f"{name.replace('-', '_')}={given}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 1 where nothing was found or sent, or 2 after an error, told in a line."""
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         hint = f'; settings of a recipe are written {_as_setting(unknown)}' if args.command == 'train' else ''
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     args.argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
-    for name in ('timm', 'accelerate', 'httpx', 'httpx2', 'huggingface_hub', 'onnx_ir', 'onnxscript'):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    return args
+
+
+def _answer(args: argparse.Namespace) -> int:
+    """Run a command, and tell an error in a line."""
     try:
         return args.function(args) or 0
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:  # one line for whatever goes wrong; --debug shows the rest
+        if was_interrupted(error):
+            raise KeyboardInterrupt from None
         if args.debug:
             raise
         print(f'dreal-timm {args.command}: error: {one_line(error)}', file=sys.stderr)
         return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, 1 where nothing was found or sent, or 2 after an error, told in a line.
+
+    After Ctrl-C it returns 130.
+    """
+    command = ''
+    try:
+        args = _arguments(argv)
+        command = f' {args.command}'
+        logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
+        for name in ('timm', 'accelerate', 'httpx', 'httpx2', 'huggingface_hub', 'onnx_ir', 'onnxscript'):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return _answer(args)
     except KeyboardInterrupt:
-        print(f'dreal-timm {args.command}: interrupted', file=sys.stderr)
+        print(f'dreal-timm{command}: interrupted', file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-__all__ = ['UNREADABLE', 'WeightsError', 'nearest', 'one_line']
+__all__ = ['UNREADABLE', 'WeightsError', 'nearest', 'one_line', 'was_interrupted']
 
 # what the readers of weight files raise for one that is broken or foreign
 UNREADABLE = (RuntimeError, KeyError, EOFError, OSError, struct.error, pickle.UnpicklingError, SafetensorError)
@@ -29,6 +29,17 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, (ValueError, OSError, ModuleNotFoundError, FloatingPointError)) and text:
         return text
     return f'{type(error).__name__}: {text[:300]}'
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Return whether an error is Ctrl-C, or came of it: PyTorch's writer makes a RuntimeError of one."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:

@@ -55,6 +55,10 @@ class _Checked(Mapping[str, Restart | None]):
             self._plans[name] = plan if self._works(plan) else None
         return self._plans[name]
 
+    def __getstate__(self) -> dict[str, Any]:
+        plans = {name: self[name] for name in self._plans}  # a copy has nothing left to try
+        return {'_plans': plans, '_tried': set(plans), '_works': None}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._plans)
 

@@ -91,6 +91,15 @@ class Pending:
     descriptors: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     _scales: list[torch.Tensor] = field(default_factory=list)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, 'gradients': {name: tap.grad for name, tap in self.taps.items()}}  # pickle drops them
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        gradients = state.pop('gradients')
+        self.__dict__.update(state)
+        for name, gradient in gradients.items():
+            self.taps[name].grad = gradient
+
     def watch(self, loss: torch.Tensor) -> None:
         """Learn by which factor (of a gradient scaler, of accumulation) `backward()` will multiply the loss."""
         def hook(gradient: torch.Tensor) -> None:

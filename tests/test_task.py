@@ -1,4 +1,5 @@
 import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -609,3 +610,16 @@ def test_one_look_at_the_device_a_step(attention, probe, monkeypatch):
         monkeypatch.setattr(ExactProbe, '_rows', rows)
         with pytest.raises((RuntimeError, NotImplementedError), match='meta'):
             step()
+
+
+@pytest.mark.parametrize('probe', ['exact', 'split', 'taylor'])
+def test_a_task_can_be_pickled(probe):
+    """A task out of pickle, as Lightning or a spawned process have it, learns on to the bit as the one it came from."""
+    task = make_task(make_model('se').train(), probe=probe)
+    input, target = make_batch()
+    first = gradients(task, input, target)
+    again = pickle.loads(pickle.dumps(task))
+    for seed in (1, 2):
+        one, two = gradients(task, input, target, seed), gradients(again, input, target, seed)
+        assert one.keys() == two.keys() == first.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)

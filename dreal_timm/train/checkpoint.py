@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dreal_timm.errors import was_interrupted
 from dreal_timm.hub.damage import damaged_record
 
 __all__ = ['BEST', 'LAST', 'Checkpoints', 'kept_checkpoints', 'write_summary', 'write_text']
@@ -206,6 +207,8 @@ class Checkpoints:
             _sync(self.directory)
         except (OSError, RuntimeError) as error:  # torch's writer tells of a full disk by a RuntimeError
             scratch.unlink(missing_ok=True)
+            if was_interrupted(error):
+                raise KeyboardInterrupt from None
             reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]
             raise OSError(
                 f'epoch {epoch + 1}: cannot write a checkpoint to {self.directory} ({reason}). {whole}; '

@@ -14,6 +14,7 @@ import yaml
 from equal import assert_equal
 from small_run import recipe
 
+from dreal_timm.cli import main
 from dreal_timm.errors import WeightsError
 from dreal_timm.hub import export_run
 from dreal_timm.hub.loading import load, read_checkpoint
@@ -191,6 +192,35 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         checkpoints.save({}, 1, 2.0)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert (checkpoints.best_epoch, checkpoints.best_metric) == (0, 1.0)
+
+
+def test_an_interrupt_in_a_write(images, tmp_path, monkeypatch, capsys):
+    """Ctrl-C while a checkpoint is written is no full disk: code 130, and the checkpoint before is what it was."""
+    run(recipe(images, tmp_path, stop_epoch=1))
+    before = content_of(tmp_path / 'run')
+    original = torch.save
+
+    class Interrupted:
+        def __init__(self, file):
+            self.file, self.left = file, 3
+
+        def write(self, content):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+            return self.file.write(content)
+
+        def flush(self):
+            self.file.flush()
+
+    monkeypatch.setattr(torch, 'save', lambda state, file: original(state, Interrupted(file)))
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(yaml.safe_dump(recipe(images, tmp_path, resume='auto')))
+    assert main(['train', str(path)]) == 130
+    assert 'interrupted' in capsys.readouterr().err.splitlines()[-1]
+    left = content_of(tmp_path / 'run')
+    assert left.keys() == before.keys()
+    assert all(left[name] == before[name] for name in before if name.endswith('.pth.tar'))
 
 
 def test_a_full_disk(images, tmp_path):
