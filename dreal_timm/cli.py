@@ -26,38 +26,52 @@ def _train(args: argparse.Namespace) -> int:
     return 1 if results['pushed'] == '' else 0
 
 
+def _options(settings: Sequence[str]) -> dict[str, Any]:
+    """['num_classes=5', 'block_args={a: 1}'] -> {'num_classes': 5, 'block_args': {'a': 1}}."""
+    import yaml
+    options = {}
+    for setting in settings:
+        key, equals, value = setting.partition('=')
+        if not equals or not key:
+            raise ValueError(f"Expected OPTION=VALUE, got '{setting}'.")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
 def _validate(args: argparse.Namespace) -> None:
-    from dreal_timm.train.validate import validate
+    from dreal_timm.train.checkpoint import write_text
+    from dreal_timm.train.validate import describe, validate
     if args.results and (Path(args.results).exists() or not Path(args.results).parent.is_dir()):
         raise FileExistsError(f"--results: '{args.results}' exists, or its folder does not.")
     results = validate(
         args.model, args.data, dataset=args.dataset, split=args.split, checkpoint=args.checkpoint,
         batch_size=args.batch_size, workers=args.workers, device=args.device, class_map=args.class_map,
-        by_order=args.by_order)
-    print(json.dumps(results, indent=2))
+        by_order=args.by_order, model_kwargs=_options(args.model_kwargs))
     if args.results:
-        Path(args.results).write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+        write_text(Path(args.results), json.dumps(results, indent=2) + '\n')
+    print(json.dumps(results, indent=2) if args.json else describe(results))
+
+
+def _build(name: str, options: dict[str, Any]) -> Any:
+    import timm
+    import torch
+    try:
+        with torch.device('meta'):
+            return timm.create_model(name, **options)
+    except (NotImplementedError, RuntimeError):  # one that computes while it is built
+        return timm.create_model(name, **options)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    import timm
-    import torch
-    import yaml
-
     from dreal_timm.audit import describe_sites, format_sites
     from dreal_timm.hub.loading import timm_name
+    from dreal_timm.hub.run import exported_folder, open_network
     from dreal_timm.readers import without_sites
-    name, options = timm_name(args.model), {}
-    for setting in args.options:
-        key, equals, value = setting.partition('=')
-        if not equals:
-            raise ValueError(f"Expected OPTION=VALUE, got '{setting}'.")
-        options[key] = yaml.safe_load(value)
-    try:
-        with torch.device('meta'):
-            model = timm.create_model(name, **options)
-    except (NotImplementedError, RuntimeError):  # one that computes while it is built
-        model = timm.create_model(name, **options)
+    options, exported = _options(args.options), exported_folder(args.model)
+    if exported is None and Path(args.model).exists():  # a run that has not ended, or one of timm
+        model = open_network(args.model, **options)
+    else:
+        model = _build(timm_name(args.model if exported is None else str(exported)), options)
     rows = describe_sites(model, args.input_size)
     if args.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
@@ -197,6 +211,9 @@ def _data(args: argparse.Namespace) -> None:
     print(f"{args.directory}: {counts['train']:,} images to train on, {parts}")
 
 
+_MODEL = "name of a model, hf-hub:USER/NAME, an exported folder, or the folder of a run or of timm's train.py"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='dreal-timm', description='Deep reinforced attention learning (DREAL) for timm models.')
@@ -210,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(function=_train)
 
     validate = commands.add_parser('validate', help='measure the accuracy of a network')
-    validate.add_argument('model', metavar='MODEL_OR_DIR', help='name of a model, hf-hub:USER/NAME, or a folder')
+    validate.add_argument('model', metavar='MODEL', help=_MODEL)
     validate.add_argument('--data', metavar='DIR', required=True, help='folder of the data set')
     validate.add_argument('--dataset', metavar='NAME', default='', help='kind/name as in a recipe (image folder)')
     validate.add_argument('--split', default='validation', help='split to validate on (validation)')
@@ -219,10 +236,11 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument('--workers', metavar='N', type=int, default=2, help='loader processes (2)')
     validate.add_argument('--device', default=None, help='device (an accelerator where there is one)')
     validate.add_argument('--results', metavar='FILE', default='', help='write the results to a JSON file as well')
+    validate.add_argument('--json', action='store_true', help='print all of the results as JSON')
     validate.set_defaults(function=_validate)
 
     inspect = commands.add_parser('inspect', help='list the attention sites of a network')
-    inspect.add_argument('model', metavar='MODEL_OR_DIR', help='name of a model, hf-hub:USER/NAME, or a folder')
+    inspect.add_argument('model', metavar='MODEL', help=_MODEL)
     inspect.add_argument(
         'options', metavar='OPTION=VALUE', nargs='*',
         help="options of timm.create_model, such as 'block_args={attn_layer: cbam}'")
@@ -232,8 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(function=_inspect)
 
     audit = commands.add_parser('audit', help='measure what each attention module of a trained network is worth')
-    audit.add_argument(
-        'model', metavar='MODEL_OR_DIR', help='name of a model, hf-hub:USER/NAME, an exported folder, or a run')
+    audit.add_argument('model', metavar='MODEL', help=_MODEL)
     audit.add_argument('--data', metavar='DIR', required=True, help='folder of the data set')
     audit.add_argument('--checkpoint', metavar='FILE', default='', help='weights to load')
     audit.set_defaults(function=_audit)
@@ -277,6 +294,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument('--dataset', metavar='NAME', default='', help='kind/name as in a recipe (image folder)')
     export.add_argument('--split', default='validation', help='split to measure on (validation)')
     export.set_defaults(function=_export)
+    for command in (validate, audit):
+        command.add_argument(
+            '--model-kwargs', metavar='OPTION=VALUE', nargs='+', default=[],
+            help="options of timm.create_model, such as num_classes=10, where --checkpoint needs them")
     for command in (validate, audit, compare, export):
         command.add_argument(
             '--class-map', metavar='FILE', default='', help='names of the classes in the order of the outputs')

@@ -34,7 +34,7 @@ def test_train_and_validate(digits, tmp_path, capsys):
     results = tmp_path / 'results.json'
     assert main([
         'validate', f'{tmp_path}/run/model', '--data', str(digits), '--workers', '0', '--device', 'cpu',
-        '--results', str(results),
+        '--results', str(results), '--json',
     ]) == 0
     measured = json.loads(results.read_text())
     assert measured == json.loads(capsys.readouterr().out)

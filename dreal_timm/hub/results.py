@@ -29,7 +29,8 @@ _FREE = (
 # settings under `dreal:` that plain training has too
 _SHARED = ('task', 'freeze', 'backbone', 'gates', 'num_instances', 'crop', 'margin', 'triplet_weight')
 _PRIVATE = (
-    'data_dir', 'output', 'resume', 'initial_checkpoint', 'pretrained_path', 'class_map', 'log_with', 'log_kwargs')
+    'data', 'data_dir', 'output', 'resume', 'initial_checkpoint', 'pretrained_path', 'class_map', 'log_with',
+    'log_kwargs')
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:

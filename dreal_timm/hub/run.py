@@ -14,10 +14,11 @@ from torch import nn
 from dreal_timm.hub.export import export, halved
 from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.hub.results import read_results, shared_settings
+from dreal_timm.hub.timm_run import is_timm_run, load_timm_run
 from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.version import __version__
 
-__all__ = ['NETWORK', 'WEIGHTS', 'export_run', 'read_network']
+__all__ = ['NETWORK', 'WEIGHTS', 'export_run', 'exported_folder', 'open_network', 'read_network']
 
 NETWORK = 'network.json'  # config.json of the network that a run trains
 WEIGHTS = ('auto', 'ema', 'raw')
@@ -86,6 +87,9 @@ def _read(source: str | Path, weights: str) -> tuple[Any, Mapping[str, Any], Pat
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint '{path}'.")
     run = path.parent
+    if is_timm_run(path):
+        model, content, taken = load_timm_run(path, weights)
+        return model, content, run, taken
     checkpoint = read_checkpoint(path)
     state = _state(checkpoint, path, weights)
     model = _build(run)
@@ -101,8 +105,8 @@ def read_network(source: str | Path, weights: str = 'auto') -> nn.Module:
     """Return the network of a run, of a checkpoint in a run's folder, or of what `dreal_timm.hub.load` takes.
 
     Args:
-        source: Folder of a run, whose best checkpoint is taken, a checkpoint in such a folder, an exported folder, or
-            the name of a network.
+        source: Folder of a run, or of timm's train.py, whose best checkpoint is taken, a checkpoint in one of them, an
+            exported folder, or the name of a network.
         weights: 'raw', 'ema' (the moving average), or 'auto': the moving average where there is one. Of runs alone.
 
     Raises:
@@ -110,11 +114,47 @@ def read_network(source: str | Path, weights: str = 'auto') -> nn.Module:
         ValueError: The checkpoint is broken or of another network, or has no such weights; no such model.
         WeightsError: The weights cannot be had.
     """
-    if Path(source).is_file() or (Path(source) / NETWORK).is_file():
+    if Path(source).is_file() or (Path(source) / NETWORK).is_file() or is_timm_run(source):
         return _read(source, weights)[0]
     if weights != 'auto':
         raise ValueError(f"weights: '{source}' is no run that could hold others.")
     return load(str(source))
+
+
+def exported_folder(model: str | Path) -> Path | None:
+    """Return the exported folder that a name stands for: itself, or `model/` of the run that it is."""
+    for folder in (Path(model), Path(model) / 'model') if (Path(model) / NETWORK).is_file() else (Path(model),):
+        if (folder / 'config.json').is_file():
+            return folder
+    return None
+
+
+def open_network(model: str | Path, checkpoint: str | Path = '', **model_kwargs: Any) -> nn.Module:
+    """Return the network that a user names, with its weights.
+
+    Args:
+        model: Name of a timm model, 'hf-hub:USER/NAME', an exported folder, the folder of a run (what it exported, or
+            while it trains its best checkpoint) or of timm's train.py, or a checkpoint in one of these two.
+        checkpoint: File with weights to load, in place of its own.
+        **model_kwargs: Options of `timm.create_model` that the checkpoint needs.
+
+    Raises:
+        FileNotFoundError: No such folder or checkpoint.
+        ValueError: No such model, options without a checkpoint, or options that it does not take; it has no weights.
+        WeightsError: The weights cannot be had.
+    """
+    exported = exported_folder(model)
+    if model_kwargs and not checkpoint and not is_timm_run(model):
+        raise ValueError('Options of the network go with a checkpoint: published weights would not fit all of it.')
+    if exported is not None:
+        return load(str(exported), checkpoint, **model_kwargs)
+    if is_timm_run(model):
+        return load_timm_run(model, checkpoint=checkpoint, **model_kwargs)[0]
+    if Path(model).is_file() or (Path(model) / NETWORK).is_file():
+        if checkpoint:
+            raise ValueError(f"'{model}' is of a run: name the checkpoint '{checkpoint}' alone.")
+        return _read(model, 'auto')[0]
+    return load(str(model), checkpoint, **model_kwargs)
 
 
 def export_run(
@@ -136,7 +176,7 @@ def export_run(
     process, and its logits are compared.
 
     Args:
-        source: Folder of a run, whose best checkpoint is taken, or a checkpoint in such a folder.
+        source: Folder of a run, or of timm's train.py, whose best checkpoint is taken, or a checkpoint in one.
         directory: Folder to write.
         weights: 'raw', 'ema' (the moving average), or 'auto': the moving average where there is one.
         half: Write float16 weights.

@@ -1,14 +1,19 @@
 """Where a run happens: the processes and devices that the launcher gives, and the folder"""
 import logging
 import os
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 from timm.models import safe_model_name
 
 from dreal_timm.train.checkpoint import LAST
@@ -48,6 +53,8 @@ def launch(config: SimpleNamespace) -> Accelerator:
         mixed_precision=precision,
         # steps are joined here, so that the last update of an epoch may join fewer, as in timm's train.py
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[] if config.ddp_timeout is None else [
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
         log_with=config.log_with,
         project_config=ProjectConfiguration(logging_dir=config.output or 'output/train'),
     )

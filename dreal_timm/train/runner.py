@@ -386,10 +386,10 @@ def _run(state: Run) -> dict[str, Any]:
     best_epoch = broadcast_object_list([state.checkpoints.best_epoch])[0]
     if best_epoch is None:
         raise ValueError(f'Nothing to train: {state.start_epoch} of {state.epochs} epochs are done already.')
-    if is_main:
+    pushed = None
+    if is_main:  # the others have nothing to wait for, which might take longer than they may wait
         _export(state)
-    accelerator.wait_for_everyone()
-    pushed = publish(state) if is_main and state.config.dreal.push_to else None
+        pushed = publish(state) if state.config.dreal.push_to else None
     best: dict[str, Any] = next((entry for entry in state.history if entry['epoch'] == best_epoch), {})
     return {
         'directory': str(directory),

@@ -152,6 +152,7 @@ KEYS = [
     Key('no_prefetcher', 'bool', False, 'load without the prefetcher'),
     Key('device', 'str', None, "device; None takes an accelerator where there is one, 'cpu' forbids it"),
     Key('device_modules', 'strs', None, 'modules to import first'),
+    Key('ddp_timeout', 'int', None, "seconds that processes wait for each other; None is torch's", minimum=1),
     Key('resume', 'str', '', "checkpoint to go on from, or 'auto': the last of the run's folder, if there is one"),
     Key('no_resume_opt', 'bool', False, 'resume without the state of the optimizer'),
     Key('log_interval', 'int', 50, 'steps between lines of the log', minimum=1),

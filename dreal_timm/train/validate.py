@@ -1,4 +1,5 @@
 """Validation of any timm model, by name or from an exported folder"""
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch.utils.data import IterableDataset
 from dreal_timm.data.images import NO_LABEL
 from dreal_timm.data.opening import open_for
 from dreal_timm.hub import results
-from dreal_timm.hub.loading import load
+from dreal_timm.hub.run import exported_folder, open_network
 from dreal_timm.models.dreal_resnet import timm_architecture
 from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.reid.images import ReidSet
@@ -24,7 +25,7 @@ from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
 from dreal_timm.version import __version__
 
-__all__ = ['measure', 'measure_split', 'sample_images', 'validate']
+__all__ = ['describe', 'measure', 'measure_split', 'sample_images', 'validate']
 
 _KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
@@ -40,11 +41,13 @@ def validate(
         device: str | None = None,
         class_map: str = '',
         by_order: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure loss, top1 and top5 of a network, with the preprocessing that its configuration names.
 
     Args:
-        model: Name of a timm model, 'hf-hub:USER/NAME', or an exported folder.
+        model: Name of a timm model, 'hf-hub:USER/NAME', an exported folder, the folder of a run or of timm's train.py,
+            or a checkpoint in one of these two.
         data_dir: Folder of the data set.
         dataset: Kind and name of the data set as in a recipe; empty is an image folder.
         split: Split to validate on.
@@ -54,6 +57,7 @@ def validate(
         device: Device; None takes an accelerator where there is one.
         class_map: File with the names of all classes in the order of the network's outputs.
         by_order: Take the classes of the data set in their order.
+        model_kwargs: Options of `timm.create_model` that the checkpoint needs.
 
     Returns:
         Dictionary with 'model', 'data', 'dataset', 'split', 'samples', 'unreadable' (number of images), 'classes' (how
@@ -67,13 +71,13 @@ def validate(
         ValueError: No such model, or it has no weights, or they do not fit; the names of the classes do not tell which
             outputs of the network they are.
     """
-    network: Any = load(model, checkpoint)
+    network: Any = open_network(model, checkpoint, **(model_kwargs or {}))
     found = measure(network, data_dir, dataset, split, batch_size, workers, device, class_map, by_order)
-    own = Path(model).is_dir() and not checkpoint
+    own = None if checkpoint else exported_folder(model)
     return {
         'model': model, **found,
-        'training': results.training_settings(Path(model)) if own else None,
-        'run': results.training_record(Path(model)) if own else None,
+        'training': None if own is None else results.training_settings(own),
+        'run': None if own is None else results.training_record(own),
     }
 
 
@@ -131,6 +135,15 @@ def measure_split(
         'preprocessing': {key: data[key] for key in _KEYS if key in data},
         'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__},
     }
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    """Return what `validate` found as a line."""
+    unread = f", {found['unreadable']:,} cannot be read" if found['unreadable'] else ''
+    absent = f", {found['classes']['absent']} of the classes are absent" if found['classes']['absent'] else ''
+    return (
+        f"top-1 {found['top1']:.2f} %  top-5 {found['top5']:.2f} %  loss {found['loss']:.4f}  "
+        f"({found['samples']:,} images{unread}{absent})")
 
 
 def sample_images(

@@ -61,7 +61,7 @@ def test_audit_of_a_run(run_folder, images, tmp_path, capsys):
 def test_top1_is_that_of_validate(run_folder, images, tmp_path, capsys):
     """The audit's top-1 is what `dreal-timm validate` measures."""
     model = str(run_folder / 'model')
-    assert main(['validate', model, '--data', str(images), '--workers', '0', '--device', 'cpu']) == 0
+    assert main(['validate', model, '--data', str(images), '--workers', '0', '--device', 'cpu', '--json']) == 0
     measured = json.loads(capsys.readouterr().out)
     found, summary = audit_model(model, str(images), tmp_path / 'out', **OPTIONS)
     assert summary['network']['top1'] == pytest.approx(measured['top1'])

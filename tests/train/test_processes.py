@@ -464,6 +464,30 @@ def test_an_error_in_one_process_ends_both(uneven, tmp_path, function, arguments
     assert isinstance(errors[1 - rank], Exception)
 
 
+def _run_with_a_long_export(values, path):
+    """The first process exports until the second has ended its run."""
+    def export(state):
+        deadline = time.monotonic() + 60
+        while not (path / 'second').exists():
+            assert time.monotonic() < deadline, 'the second process waits for the export'
+            time.sleep(0.05)
+
+    runner._export = export
+    results = run(values)
+    if results['pushed'] is None and dist.get_rank() == 1:
+        (path / 'second').touch()
+    timeout = dist.group.WORLD._get_backend(torch.device('cpu')).options._timeout
+    return timeout.total_seconds()
+
+
+def test_nobody_waits_for_an_export(uneven, tmp_path):
+    """An export may take longer than processes may wait for each other: the second waits for none of it."""
+    found = together(
+        tmp_path / 'results', _run_with_a_long_export,
+        recipe(uneven, tmp_path, batch_size=4, epochs=1, ddp_timeout=47), tmp_path)
+    assert found == [47, 47]
+
+
 def _command(*arguments):
     sys.argv = ['dreal_timm.train', *arguments]
     runpy.run_module('dreal_timm.train', run_name='__main__')

@@ -1,0 +1,91 @@
+"""The output folder of timm's train.py as a network: the model that its arguments name, with a checkpoint's weights"""
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict, resolve_model_input_args
+
+from dreal_timm.errors import WeightsError
+from dreal_timm.hub.loading import check_model_name, read_checkpoint
+
+__all__ = ['is_timm_run', 'load_timm_run']
+
+_ARGUMENTS, _BEST = 'args.yaml', 'model_best.pth.tar'
+_DATA = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+
+
+def is_timm_run(path: str | Path) -> bool:
+    """Return whether a path is an output folder of timm's train.py, or a checkpoint in one."""
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    if not (folder / _ARGUMENTS).is_file() or (folder / 'network.json').exists() or (folder / 'config.json').exists():
+        return False
+    return Path(path).is_file() or (folder / _BEST).is_file()
+
+
+def _arguments(folder: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load((folder / _ARGUMENTS).read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{folder / _ARGUMENTS}' cannot be read ({' '.join(str(error).split())[:100]}).") from error
+    if not isinstance(found, dict) or not isinstance(found.get('model'), str):
+        raise ValueError(f"'{folder / _ARGUMENTS}' names no model: it is not what timm's train.py writes.")
+    return found
+
+
+def load_timm_run(
+        path: str | Path,
+        weights: str = 'auto',
+        checkpoint: str | Path = '',
+        **model_kwargs: Any,
+) -> tuple[Any, dict[str, Any], str]:
+    """Return the network that timm's train.py trained, what its checkpoint holds, and which weights were taken.
+
+    Its config has the preprocessing that it was validated with.
+
+    Args:
+        path: The output folder, whose best checkpoint is taken, or a checkpoint in it.
+        weights: 'raw', 'ema' (the moving average), or 'auto': those that the best epoch was chosen by.
+        checkpoint: File to take in its place.
+        **model_kwargs: Options of `timm.create_model` beside those of the arguments.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The arguments name no model.
+        WeightsError: The checkpoint is broken, or its weights are of another network.
+    """
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    file = Path(checkpoint or (path if Path(path).is_file() else folder / _BEST))
+    if not file.is_file():
+        raise FileNotFoundError(f"No checkpoint '{file}'.")
+    args = _arguments(folder)
+    check_model_name(args['model'])
+    content = read_checkpoint(file)
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"'{file}' is no checkpoint of timm's train.py.")
+    averaged = weights == 'ema' or (
+        weights == 'auto' and 'state_dict_ema' in content and not args.get('model_ema_force_cpu'))
+    key = 'state_dict_ema' if averaged else 'state_dict'
+    if key not in content:
+        raise WeightsError(f"'{file}' holds no {'moving average' if averaged else 'weights'} ({key}).")
+    state = clean_state_dict(content[key])
+    kwargs = resolve_model_input_args(
+        args['model'],
+        {name: args.get(name) for name in ('in_chans', 'input_size', 'img_size')},
+        **{
+            'num_classes': args.get('num_classes'), 'global_pool': args.get('gp'), **(args.get('model_kwargs') or {}),
+            **model_kwargs},
+    )
+    model = timm.create_model(pretrained=False, **kwargs)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise WeightsError(
+            f"'{file}' does not fit {args['model']} as '{_ARGUMENTS}' has it: {reason}. --model-kwargs names what "
+            'the arguments do not.') from error
+    data = resolve_data_config({**args, 'in_chans': kwargs.get('in_chans')}, model=model)
+    model.pretrained_cfg = {**model.pretrained_cfg, **{name: data[name] for name in _DATA if name in data}}
+    return model, {**content, 'args': args}, 'ema' if averaged else 'raw'
