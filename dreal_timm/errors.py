@@ -1,13 +1,14 @@
 """Errors as users see them"""
 import difflib
 import pickle
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError
 
-__all__ = ['UNREADABLE', 'WeightsError', 'nearest', 'one_line', 'was_interrupted']
+__all__ = ['UNREADABLE', 'WeightsError', 'nearest', 'one_line', 'was_interrupted', 'why_unreadable']
 
 # what the readers of weight files raise for one that is broken or foreign
 UNREADABLE = (RuntimeError, KeyError, EOFError, OSError, struct.error, pickle.UnpicklingError, SafetensorError)
@@ -40,6 +41,15 @@ def was_interrupted(error: BaseException | None) -> bool:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
+
+
+def why_unreadable(error: BaseException) -> str:
+    """Return why a file of weights could not be read; PyTorch's own reasons are a page with colours."""
+    text = ' '.join(re.sub(r'\x1b\[[0-9;]*m', '', str(error)).split())
+    found = re.search(r'(?:Unsupported globals:|GLOBAL) ([\w.]*\w)', text)
+    if found is not None:
+        return f'it holds {found[1]}, which is no tensor, and might run code'
+    return text[:200] or type(error).__name__
 
 
 def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:

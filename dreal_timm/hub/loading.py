@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from dreal_timm.errors import UNREADABLE, WeightsError, nearest
+from dreal_timm.errors import UNREADABLE, WeightsError, nearest, why_unreadable
 from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.fetch import WEIGHTS_FILES, fetch
 from dreal_timm.hub.folder import check_folder
@@ -98,8 +98,7 @@ def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
             raise  # arguments of the network, not its weights
         what = f"'{checkpoint}' as weights of '{model}'" if checkpoint else f"'{model}'"
         hint = ' (a run exports its best epoch to the folder model/)' if checkpoint else ''
-        reason = ' '.join(str(error).split())[:200] or type(error).__name__
-        raise WeightsError(f'Cannot load {what}{hint}: {reason}') from error
+        raise WeightsError(f'Cannot load {what}{hint}: {why_unreadable(error)}') from error
 
 
 def read_checkpoint(path: str | Path, checked: bool = False) -> Any:
@@ -121,5 +120,4 @@ def read_checkpoint(path: str | Path, checked: bool = False) -> Any:
         with nullcontext() if allow is None else allow([argparse.Namespace]):  # timm stores its arguments as one
             return torch.load(path, map_location='cpu', weights_only=True)
     except (*UNREADABLE, ValueError) as error:
-        reason = ' '.join(str(error).split())[:120]
-        raise WeightsError(f"'{path}' is broken or no checkpoint of PyTorch ({reason}).") from error
+        raise WeightsError(f"'{path}' is broken or no checkpoint of PyTorch ({why_unreadable(error)}).") from error

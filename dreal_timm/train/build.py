@@ -2,6 +2,7 @@
 import importlib
 import logging
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dreal_timm.attention import attention_parameters, find_sites
-from dreal_timm.errors import UNREADABLE, nearest
+from dreal_timm.errors import UNREADABLE, nearest, why_unreadable
 from dreal_timm.hub.backbone import load_backbone, open_gates
 from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.loading import check_model_name
@@ -112,12 +113,19 @@ def build_model(config: SimpleNamespace) -> nn.Module:
             checkpoint_path=config.initial_checkpoint or None,
             **kwargs,
         )
+    except TypeError as error:
+        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if refused is None or refused[1] not in config.model_kwargs:
+            raise
+        raise ValueError(
+            f'model_kwargs: {config.model} does not take {refused[1]}. The recipe has it for another network: '
+            'model_kwargs=null leaves all of them out.') from error
     except UNREADABLE as error:
         if not given:
             raise
         hint = '' if config.pretrained_path else ' (pretrained_path leaves its classifier out)'
-        reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f"Cannot load '{given}' as weights of {config.model}{hint}: {reason}") from error
+        raise ValueError(
+            f"Cannot load '{given}' as weights of {config.model}{hint}: {why_unreadable(error)}") from error
     _start_backbone(config, model)
     if config.head_init_scale is not None or config.head_init_bias is not None:
         _init_head(model, config.head_init_scale, config.head_init_bias)

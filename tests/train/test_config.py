@@ -52,7 +52,8 @@ def test_defaults_are_timms():
     assert config.pop('dreal') == DREAL_DEFAULTS
     own = {  # no key of the script that was read, or with another default
         'ddp_timeout': None, 'decay_epochs': None, 'device': None, 'log_kwargs': {}, 'log_with': None,
-        'lr_decay_fn': None, 'lr_stable_timescale': None, 'model': 'dreal_se_resnet50', 'save_epochs': None, 'stop_epoch': None,
+        'lr_decay_fn': None, 'lr_stable_timescale': None, 'model': 'dreal_se_resnet50', 'save_epochs': None,
+        'stop_epoch': None,
     }
     assert config == TIMM_DEFAULTS | own
 

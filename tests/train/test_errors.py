@@ -3,6 +3,7 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -90,7 +91,20 @@ def test_a_label_that_only_the_images_show(images, tmp_path, capsys, monkeypatch
         assert said.splitlines()[-1].endswith('Label 2 is outside of the 2 classes of the model: set num_classes.')
 
 
+def test_a_checkpoint_with_more_than_tensors(images, tmp_path, capsys):
+    """A number of numpy among the tensors is named, without the page that PyTorch prints, by every way to load it."""
+    path = tmp_path / 'other.pth'
+    torch.save({'state_dict': {}, 'optimizer': {}, 'epoch': np.float64(3.0)}, path)
+    for values in ({'initial_checkpoint': str(path)}, {'resume': str(path)}, {'dreal': {'backbone': str(path)}}):
+        code, said = train(tmp_path, capsys, recipe(images, tmp_path, **values))
+        last = said.splitlines()[-1]
+        assert code == 2
+        assert 'numpy' in last and '\x1b' not in said and len(last) < 400, last
+
+
 @pytest.mark.parametrize(('values', 'message'), [
+    ({'model_kwargs': {'no_such_option': 3}}, 'model_kwargs: test_resnet does not take no_such_option'),
+    ({'resume': 'nowhere'}, "resume: no file 'nowhere'"),
     ({'mean': [0.1, 0.2]}, 'mean: 2 values for images of 1 channels'),
     ({'std': [0.1, 0.2, 0.3, 0.4]}, 'std: 4 values'),
     ({'log_with': 'tensorbord'}, "unknown tracker 'tensorbord' (did you mean 'tensorboard'?)"),
