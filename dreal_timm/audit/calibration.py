@@ -2,35 +2,69 @@
 
 Shape letters: N images, L sites.
 """
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import spearmanr
+from timm.models import clean_state_dict
+from torch import nn
 
 from dreal_timm.attention import Group
 from dreal_timm.audit.result import Audit
 from dreal_timm.critic import CELLS, Critic
 from dreal_timm.hub.loading import read_checkpoint
+from dreal_timm.hub.results import weights_digest
 
 __all__ = ['calibrate', 'load_critic', 'reliability']
 
+_logger = logging.getLogger(__name__)
+_TASKS = {'state_dict_ema': 'task_state_ema', 'state_dict': 'task_state'}  # of the same weights
 
-def load_critic(checkpoint: str | Path, groups: Sequence[Group]) -> Critic | None:
+
+def _weights_of(content: Mapping[str, Any], model: nn.Module) -> str | None:
+    """Return the key of a checkpoint's weights that a network has, as they are or in float16; None where it has none.
+
+    An embedding network may have been exported without its classifier.
+    """
+    own = model.state_dict()
+    digest = weights_digest(own)
+    for key in _TASKS:
+        state = clean_state_dict(content.get(key) or {})
+        if own.keys() <= state.keys():
+            named = {name: state[name] for name in own}
+            halved = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in named.items()}
+            if digest in (weights_digest(named), weights_digest(halved)):
+                return key
+    return None
+
+
+def load_critic(checkpoint: str | Path, groups: Sequence[Group], model: nn.Module | None = None) -> Critic | None:
     """Return the critic of a checkpoint of a run, None where it holds none.
+
+    A run with a moving average has two: one learned beside the weights, one is the average, of the averaged network.
 
     Args:
         checkpoint: File that timm's CheckpointSaver, or a run of this package, wrote of a `DrealTask`.
         groups: Groups of attention sites of its network.
+        model: The network, whose weights tell which critic is its own; where they are neither of the checkpoint's
+            there is none, which is said in a warning. None takes the one that is not averaged.
 
     Raises:
         ValueError: The file is no checkpoint, or the critic is of another network, or of images of another size.
     """
     content = read_checkpoint(checkpoint)
-    task = content.get('task_state') if isinstance(content, dict) else None
-    state: dict[str, Any] = (task or {}).get('critic') or {}
+    tasks = {key: (content.get(key) or {}) if isinstance(content, dict) else {} for key in _TASKS.values()}
+    if not any(task.get('critic') for task in tasks.values()):
+        return None
+    weights = 'state_dict' if model is None else _weights_of(content, model)
+    state: dict[str, Any] = {} if weights is None else tasks[_TASKS[weights]].get('critic') or {}
     if not state:
+        if model is not None:
+            reason = 'the network has none of its weights' if weights is None else f'it has none of {weights}'
+            _logger.warning(f"No critic is taken from '{checkpoint}': {reason}.")
         return None
     names = list(dict.fromkeys(key.split('.')[0] for key in state))
     rnn = {key: tensor for key, tensor in state.items() if key.startswith(f'{names[0]}.rnn.')}

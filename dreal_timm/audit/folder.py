@@ -22,6 +22,7 @@ from dreal_timm.audit.result import Audit
 from dreal_timm.audit.run import Batches, first_pass, result, second_pass
 from dreal_timm.audit.sites import describe_sites
 from dreal_timm.audit.subject import Subject
+from dreal_timm.hub.results import weights_digest
 from dreal_timm.version import __version__
 
 __all__ = ['audit_folder', 'processes', 'remove_parts']
@@ -159,7 +160,9 @@ def audit_folder(
         auditor = Auditor(model.to(device), sites, input_size, critic)
         numbers = cut(draw_numbers(len(images), num_samples, seed))
         settings = {
-            'weights': subject.weights, 'critic': critic is not None, 'images': len(images), 'part': len(numbers[0]),
+            'weights': subject.weights, 'critic': critic is not None,
+            'critic_sha256': None if critic is None else weights_digest(critic.state_dict()),
+            'images': len(images), 'part': len(numbers[0]),
             'num_samples': sum(map(len, numbers)), 'seed': seed, 'sites': [site.name for site in auditor.sites],
             'input_size': None if input_size is None else list(input_size), **(provenance or {}),
         }

@@ -1,11 +1,9 @@
 """What is audited: a network, with its critic where it has one, and the images it is asked about"""
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import resolve_data_config
 from timm.models import get_model_input_config
 
@@ -15,10 +13,12 @@ from dreal_timm.audit.images import NumberedImages
 from dreal_timm.critic import Critic
 from dreal_timm.data.opening import open_for
 from dreal_timm.hub.loading import load
+from dreal_timm.hub.results import weights_digest
 
 __all__ = ['Subject', 'load_subject', 'open_images']
 
 _RUN, _BEST = 'args.yaml', 'model_best.pth.tar'
+_WEIGHTS_ALONE = ('.safetensors', '.npz', '.npy')
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Subject:
         critic: Its critic, or None.
         name: What the user called it.
         checkpoint: File that its critic, or its weights, came from.
-        weights: SHA-256 of its weights.
+        weights: SHA-256 of its weights, see `dreal_timm.hub.weights_digest`.
     """
     model: Any
     critic: Critic | None
@@ -39,20 +39,12 @@ class Subject:
     weights: str
 
 
-def _digest(model: Any) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def load_subject(model: str, checkpoint: str = '', input_size: Sequence[int] | None = None) -> Subject:
     """Load a network, and the critic that it was trained with where a checkpoint holds it.
 
     Args:
         model: Name of a timm model, 'hf-hub:USER/NAME', an exported folder, or the folder of a run, whose exported
-            network and whose best checkpoint's critic are taken.
+            network and whose best checkpoint's critic of these weights are taken.
         checkpoint: File with weights to load, in place of the model's published ones.
         input_size: (C, H, W) of the images; None is the model's own.
 
@@ -60,21 +52,17 @@ def load_subject(model: str, checkpoint: str = '', input_size: Sequence[int] | N
         FileNotFoundError: The folder or the checkpoint is missing.
         ValueError: No such model, it has no weights, or they or the critic do not fit.
     """
-    folder, source = Path(model), model
-    if (folder / _RUN).is_file() and (folder / 'model').is_dir():
-        source = str(folder / 'model')
-        if not checkpoint and (folder / _BEST).is_file():
-            network: Any = load(source)
-            checkpoint = str(folder / _BEST)
-        else:
-            network = load(source, checkpoint)
-    else:
-        network = load(source, checkpoint)
+    folder, best = Path(model), Path(model) / _BEST
+    run = (folder / _RUN).is_file() and (folder / 'model').is_dir()
+    network: Any = load(str(folder / 'model') if run else model, checkpoint)
+    source = checkpoint or (str(best) if run and best.is_file() else '')
     critic = None
-    if checkpoint and Path(checkpoint).suffix != '.safetensors':
+    if source and Path(source).suffix not in _WEIGHTS_ALONE:
         size = input_size if input_size is not None else get_model_input_config(network)['input_size']
-        critic = load_critic(checkpoint, group_sites(find_sites(network, size)))
-    return Subject(network, critic, model, checkpoint, _digest(network))
+        critic = load_critic(source, group_sites(find_sites(network, size)), network)
+    if critic is None:
+        source = checkpoint
+    return Subject(network, critic, model, source, weights_digest(network.state_dict()))
 
 
 def open_images(

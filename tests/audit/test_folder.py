@@ -17,9 +17,9 @@ from dreal_timm import DrealTask
 from dreal_timm.attention import find_sites, group_sites
 from dreal_timm.audit import Audit, audit, audit_model, command, folder, load_critic
 from dreal_timm.audit.images import NumberedImages
-from dreal_timm.audit.subject import _digest, load_subject, open_images
+from dreal_timm.audit.subject import load_subject, open_images
 from dreal_timm.cli import main
-from dreal_timm.hub import export
+from dreal_timm.hub import export, weights_digest
 
 OPTIONS = {'workers': 0, 'device': 'cpu', 'resamples': 20, 'batch_size': 5}
 
@@ -288,7 +288,96 @@ def test_weights_tell_networks_apart(run_folder):
     assert load_subject(str(run_folder)).weights == first.weights
     with torch.no_grad():
         second.model.conv1[0].weight.view(-1)[0] += 1
-    assert _digest(second.model) != first.weights
+    assert weights_digest(second.model.state_dict()) != first.weights
+
+
+def test_weights_are_those_of_the_card(run_folder, images, tmp_path):
+    """The audit names its network by the digest that validate writes for the card, of a run and of its exports."""
+    from dreal_timm.train.validate import validate
+    half = tmp_path / 'half'
+    model = timm.create_model(f'local-dir:{run_folder}/model', pretrained=True)
+    export(model, half, label_names=['class0', 'class1', 'class2'], half=True)
+    for source, exported in ((run_folder, run_folder / 'model'), (half, half)):
+        measured = validate(str(exported), images, workers=0, device='cpu')
+        assert load_subject(str(source)).weights == measured['weights_sha256']
+
+
+@pytest.fixture(scope='module')
+def averaged(tmp_path_factory):
+    """The folder of a run with a moving average, and its task: weights and critics, averaged and not, all differ."""
+    folder = tmp_path_factory.mktemp('averaged')
+    model = make_model('se', num_classes=3, in_chans=1)
+    task = DrealTask(model, input_size=(1, 32, 32), verbose=False, actor_weight=1.0)
+    task.setup_ema(decay=0.5)
+    trainable = task.get_trainable_module()
+    trainable.train()
+    optimizer = torch.optim.SGD(trainable.parameters(), lr=0.3)
+    pixels, target = torch.randn(6, 1, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    for _ in range(4):
+        optimizer.zero_grad()
+        task(pixels, target)['loss'].backward()
+        optimizer.step()
+        task.update_ema()
+    torch.save(
+        {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}, folder / 'model_best.pth.tar')
+    (folder / 'args.yaml').write_text('model_ema: true\n')
+    return folder, task
+
+
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('ema', [False, True])
+def test_averaged_weights_have_the_averaged_critic(averaged, tmp_path, ema, half):
+    """The network that a run exported is judged by the critic of its own weights: their average's, or the other."""
+    source, task = averaged
+    run = tmp_path / 'run'
+    shutil.copytree(source, run)
+    network = task.get_eval_model(ema=ema)
+    data = {'input_size': (1, 32, 32), 'mean': (0.4,), 'std': (0.3,), 'crop_pct': 1.0}
+    export(network, run / 'model', data, label_names=['a', 'b', 'c'], half=half)
+    subject = load_subject(str(run))
+    wanted = task.get_task_state(ema=ema)['critic']
+    other = task.get_task_state(ema=not ema)['critic']
+    found = subject.critic.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in found.items())
+    if half:
+        return
+    pixels, target = torch.randn(5, 1, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(5) % 3
+    audited = audit(subject.model, [(pixels, target)], critic=subject.critic)
+    trainable = task.get_trainable_module(ema=ema)
+    trainable = getattr(trainable, 'module', trainable).eval()
+    with torch.no_grad():
+        expected = trainable(pixels)['critic_quality']
+    order = [site.name for group in task.groups for site in group.sites]
+    columns = [order.index(name) for name in audited.names]
+    torch.testing.assert_close(audited.quality, expected[:, columns], rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_has_the_critic_of_what_timm_loads(averaged, tmp_path, caplog):
+    """timm loads the average of a checkpoint that has one; of another network's weights there is no critic, said."""
+    source, task = averaged
+    run = tmp_path / 'run'
+    shutil.copytree(source, run)
+    data = {'input_size': (1, 32, 32), 'mean': (0.4,), 'std': (0.3,), 'crop_pct': 1.0}
+    export(make_model('se', seed=5, num_classes=3, in_chans=1), run / 'model', data, label_names=['a', 'b', 'c'])
+    best = str(run / 'model_best.pth.tar')
+    content = torch.load(best, weights_only=True)
+    raw = str(tmp_path / 'raw.pth.tar')
+    torch.save({key: value for key, value in content.items() if not key.endswith('_ema')}, raw)
+    odd = str(tmp_path / 'odd.pth.tar')
+    torch.save({key: value for key, value in content.items() if key != 'task_state_ema'}, odd)
+    for checkpoint, ema in ((best, True), (raw, False)):
+        subject = load_subject(str(run), checkpoint)
+        loaded = task.get_eval_model(ema=ema).state_dict()
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in subject.model.state_dict().items())
+        wanted = task.get_task_state(ema=ema)['critic']
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in subject.critic.state_dict().items())
+    caplog.clear()
+    for checkpoint in ('', odd):  # the run's folder holds another network by now; the average has no critic
+        subject = load_subject(str(run), checkpoint)
+        assert subject.critic is None
+        assert subject.checkpoint == checkpoint
+    assert len([record for record in caplog.records if 'No critic' in record.message]) == 2
 
 
 def test_some_of_the_images(run_folder, images, tmp_path):
