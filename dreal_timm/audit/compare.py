@@ -15,6 +15,7 @@ import torch
 from dreal_timm.audit.command import audit_model, check_output, save_figures
 from dreal_timm.audit.examples import Examples
 from dreal_timm.audit.intervals import bootstrap
+from dreal_timm.audit.parts import write_json
 from dreal_timm.audit.report import draw_figures, write_report
 from dreal_timm.audit.result import SCHEMA_VERSION, Audit
 
@@ -172,5 +173,5 @@ def compare_models(
             writer = csv.DictWriter(file, list(comparison['sites'][0]))
             writer.writeheader()
             writer.writerows(comparison['sites'])
-    (output / 'compare.json').write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+    write_json(output / 'compare.json', content)
     return content

@@ -1,8 +1,10 @@
 """The parts of an audit on the disk: what is done is kept, so that an audit goes on where it was stopped
 
 A part is a run of consecutive images. Its numbers are computed by one process and written in one step, and they are the
-same whichever process did it.
+same whichever process did it. A file holds a hash of its numbers and of the plan: one that a crash cut off, or that a
+failing disk changed, is as good as none.
 """
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from dreal_timm.errors import UNREADABLE
 
 __all__ = ['Parts', 'cut', 'write_json']
 
@@ -49,32 +54,52 @@ class Parts:
             ValueError: What is there was computed with other settings.
         """
         path = self.directory / 'plan.json'
-        if path.is_file():
-            before = json.loads(path.read_text(encoding='utf-8'))
-            differing = [key for key in {**before, **self.plan} if before.get(key) != self.plan.get(key)]
-            if differing:
-                told = ', '.join(f'{key} {before.get(key)} -> {self.plan.get(key)}' for key in differing)
-                raise ValueError(
-                    f'{self.directory.parent} holds the beginning of another audit ({told[:300]}): '
-                    'choose another folder, or give the settings that it had.'
-                )
+        try:
+            before = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else self.plan
+        except ValueError:  # cut off: parts tell themselves whether they are of this plan
+            before = self.plan
+        differing = [key for key in {**before, **self.plan} if before.get(key) != self.plan.get(key)]
+        if differing:
+            told = ', '.join(f'{key} {before.get(key)} -> {self.plan.get(key)}' for key in differing)
+            raise ValueError(
+                f'{self.directory.parent} holds the beginning of another audit ({told[:300]}): '
+                'choose another folder, or give the settings that it had.'
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         write_json(path, self.plan)
 
     def _path(self, phase: str, part: int) -> Path:
         return self.directory / f'{phase}-{part:06}.safetensors'
 
+    def _hash(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        found = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode())
+        for name in sorted(tensors):
+            tensor = tensors[name].contiguous()
+            found.update(f'{name} {list(tensor.shape)} {tensor.dtype}\n'.encode())
+            found.update(tensor.numpy().tobytes())
+        return found.hexdigest()
+
     def done(self, phase: str, part: int) -> bool:
-        """Return whether a part is there."""
-        return self._path(phase, part).is_file()
+        """Return whether a part is there, whole and of this plan."""
+        path = self._path(phase, part)
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(path, 'pt') as file:
+                names = file.keys()
+                found = self._hash({name: file.get_tensor(name) for name in names})
+                return found == (file.metadata() or {}).get('sha256')
+        except UNREADABLE:
+            return False
 
     def save(self, phase: str, part: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a part."""
         path = self._path(phase, part)
         scratch = path.with_name(f'.{path.name}.{os.getpid()}')
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, scratch, {'sha256': self._hash(tensors)})
         os.replace(scratch, path)
 
     def load(self, phase: str, part: int) -> dict[str, torch.Tensor]:
-        """Read a part."""
+        """Read a part that is done."""
         return load_file(self._path(phase, part))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dreal_timm.audit.maps import MapStatistics
+from dreal_timm.audit.parts import write_json
 from dreal_timm.audit.sites import SiteRow
 from dreal_timm.reward import reward
 
@@ -98,7 +99,7 @@ class Audit:
             'unreadable': list(self.unreadable),
             **summary,
         }
-        (directory / _FILE).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+        write_json(directory / _FILE, content)
 
     @classmethod
     def load(cls, directory: str | Path) -> 'Audit':

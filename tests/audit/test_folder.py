@@ -1,6 +1,7 @@
 """`dreal-timm audit`: folders, resume, processes, and what can be wrong with models and images"""
 import argparse
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -141,6 +142,58 @@ def test_resume(run_folder, images, tmp_path, monkeypatch, small_parts, stop):
     for name in ('number', 'target', 'log_p', 'mean_log_p', 'constant_log_p', 'quality'):
         assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
     assert not (tmp_path / 'cut' / 'parts').exists()
+
+
+def _halve(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(content)
+
+
+def _zero(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-40] + bytes(40))
+
+
+@pytest.mark.parametrize('damage', [_halve, _flip, _zero, lambda path: path.write_bytes(b'')])
+def test_a_broken_part_is_measured_again(run_folder, images, tmp_path, monkeypatch, small_parts, damage):
+    """Parts that a crash or a disk broke are measured again, those alone, and the numbers are the same as before."""
+    subject = load_subject(str(run_folder / 'model'))
+    found = open_images(subject.model, str(images))
+    again = dict(batch_size=5, workers=0, device=torch.device('cpu'))
+    whole, _ = folder.audit_folder(subject, found, tmp_path, **again)
+    for name in ('first-000001', 'second-000002'):
+        damage(tmp_path / 'parts' / f'{name}.safetensors')
+    _halve(tmp_path / 'parts' / 'plan.json')
+    saved = []
+    save = folder.Parts.save
+    monkeypatch.setattr(folder.Parts, 'save', lambda self, phase, part, tensors: (
+        saved.append((phase, part)), save(self, phase, part, tensors)))
+    resumed, _ = folder.audit_folder(subject, found, tmp_path, **again)
+    assert saved == [('first', 1), ('second', 2)]
+    for name in ('number', 'target', 'log_p', 'mean_log_p', 'constant_log_p'):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
+    for name in whole.names:
+        assert torch.equal(resumed.maps[name].mean, whole.maps[name].mean)
+
+
+def test_parts_of_another_plan_are_not_taken(run_folder, images, tmp_path, small_parts):
+    """Where the plan is lost, parts of another network are not taken for this one's."""
+    found, other = (load_subject(str(run_folder / 'model')) for _ in range(2))
+    with torch.no_grad():
+        other.model.fc.weight.mul_(2)
+    other = dataclasses.replace(other, weights=weights_digest(other.model.state_dict()))
+    data = open_images(found.model, str(images))
+    again = dict(batch_size=5, workers=0, device=torch.device('cpu'))
+    folder.audit_folder(other, data, tmp_path / 'one', **again)
+    (tmp_path / 'one' / 'parts' / 'plan.json').write_text('{')
+    mixed, _ = folder.audit_folder(found, data, tmp_path / 'one', **again)
+    alone, _ = folder.audit_folder(found, data, tmp_path / 'two', **again)
+    assert torch.equal(mixed.log_p, alone.log_p)
 
 
 def test_nothing_is_overwritten(run_folder, images, tmp_path):
