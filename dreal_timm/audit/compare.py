@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,50 @@ from dreal_timm.audit.intervals import bootstrap
 from dreal_timm.audit.parts import write_json
 from dreal_timm.audit.report import draw_figures, write_report
 from dreal_timm.audit.result import SCHEMA_VERSION, Audit
+from dreal_timm.data.classes import names_of_config
 
 __all__ = ['compare_audits', 'compare_models', 'format_comparison']
 
 _logger = logging.getLogger(__name__)
 
 
+def _names(audits: Sequence[Audit]) -> list[Mapping[str, str]] | None:
+    """Return the names of the classes of each audit by the number of the output, where all of them know names.
+
+    Those of the data set are the first choice; those of the network are the same where they told the classes.
+    """
+    known = [audit.provenance.get('class_names') for audit in audits]
+    if not all(known):
+        known = []
+        for audit in audits:
+            by = (audit.provenance.get('classes') or {}).get('by', 'name')
+            names = names_of_config(audit.provenance) if by == 'name' else None
+            known.append({str(index): name for index, name in enumerate(names or ())})
+    return known if all(known) else None
+
+
+def _same_images(first: Audit, second: Audit) -> bool:
+    """Whether two audits are of the same images in the same classes, whichever outputs these have."""
+    if not torch.equal(first.number, second.number):
+        return False
+    names = _names((first, second))
+    if names is None:
+        return torch.equal(first.target, second.target)
+    pairs = set(zip(first.target.tolist(), second.target.tolist(), strict=True))
+    if not len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs}):
+        return False  # two classes of one name
+    told = [
+        [unicodedata.normalize('NFC', own.get(str(output), f'class {output}')) for output in outputs]
+        for own, outputs in zip(names, zip(*pairs, strict=True), strict=True)
+    ]
+    return told[0] == told[1]
+
+
 def compare_audits(first: Audit, second: Audit, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Return what differs between two networks on the same images, as plain values for JSON.
 
-    Images are paired: each resample of an interval takes the same ones of both networks.
+    Images are paired: each resample of an interval takes the same ones of both networks. Classes are those of the same
+    name, where names are known, so that the two may have them in another order.
 
     Args:
         first: Audit of a network.
@@ -42,10 +77,12 @@ def compare_audits(first: Audit, second: Audit, resamples: int = 1000, seed: int
                 'log_likelihood_gain' over all images
 
     Raises:
-        ValueError: They are of different images.
+        ValueError: They are of different images, or of classes of other names.
     """
-    if not (torch.equal(first.number, second.number) and torch.equal(first.target, second.target)):
-        raise ValueError('The audits are of different images: audit both networks on the same data set.')
+    if not _same_images(first, second):
+        raise ValueError(
+            'The audits are of different images, or of the same ones in different classes: audit both networks on the '
+            'same data set.')
     options: dict[str, Any] = dict(resamples=resamples, seed=seed)
 
     def interval(key: str, difference: torch.Tensor, weights: torch.Tensor | None = None) -> list[dict[str, float]]:

@@ -196,7 +196,7 @@ def audit_folder(
         unreadable=[images.filename(number) for part in numbers for number in part if number not in read],
         provenance={
             'model': subject.name, 'checkpoint': subject.checkpoint, **settings,
-            'label_names': subject.model.pretrained_cfg.get('label_names'),
+            'label_names': subject.model.pretrained_cfg.get('label_names'), 'class_names': images.class_names(),
             'seconds': round(time.time() - begun, 1), 'processes': count, 'device': str(device),
             'versions': {
                 'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,

@@ -6,7 +6,7 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from dreal_timm.data.classes import Match
+from dreal_timm.data.classes import Match, class_names
 from dreal_timm.data.images import NO_LABEL
 
 __all__ = ['NumberedImages', 'batches', 'draw_numbers']
@@ -38,6 +38,17 @@ class NumberedImages(Dataset):
     def __getitem__(self, number: int) -> tuple[torch.Tensor, int, bool]:
         image, target = self.dataset[number][:2]
         return image, int(target), int(target) != NO_LABEL
+
+    def class_names(self) -> dict[str, str] | None:
+        """Return the name that the data set has for the class of each output, by the output; None without names."""
+        names = class_names(self.dataset)
+        if names is None:
+            return None
+        found: dict[str, str] = {}
+        for name, output in zip(names, self.match.outputs or range(len(names)), strict=True):
+            key = str(output)  # as JSON has it
+            found[key] = f'{found[key]}, {name}' if key in found else name
+        return found
 
     def filename(self, number: int) -> str:
         """Return the path of an image in the data set's folder, or its number where it has none."""

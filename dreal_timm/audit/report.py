@@ -219,7 +219,8 @@ def _examples(audit: Audit, examples: Examples) -> str:
 
 def _provenance(audit: Audit, command: Sequence[str]) -> str:
     rows: dict[str, Any] = {'command': shlex.join(command), **audit.provenance}
-    rows.pop('label_names', None)
+    for names in ('label_names', 'class_names'):
+        rows.pop(names, None)
     rows.update({f'{name} version': version for name, version in rows.pop('versions', {}).items()})
     if isinstance(rows.get('sites'), list):
         rows['sites'] = len(rows['sites'])

@@ -1,5 +1,6 @@
 """`dreal-timm audit`: folders, resume, processes, and what can be wrong with models and images"""
 import argparse
+import copy
 import csv
 import dataclasses
 import json
@@ -16,7 +17,7 @@ from PIL import Image
 
 from dreal_timm import DrealTask
 from dreal_timm.attention import find_sites, group_sites
-from dreal_timm.audit import Audit, audit, audit_model, command, folder, load_critic
+from dreal_timm.audit import Audit, audit, audit_model, command, compare_audits, folder, load_critic
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.audit.subject import load_subject, open_images
 from dreal_timm.cli import main
@@ -276,6 +277,43 @@ def test_classes_by_name(images, tmp_path):
     found, _ = audit_model(
         str(tmp_path / 'nameless'), str(images), tmp_path / 'mapped', class_map=str(tmp_path / 'map.txt'), **OPTIONS)
     assert found.target.tolist() == [2] * 4 + [1] * 4 + [3] * 4
+
+
+@pytest.mark.parametrize('named', [True, False])
+def test_other_orders_of_the_classes_compare(images, tmp_path, named):
+    """A network and the same one with its classes in another order differ in nothing, with names or a class map."""
+    names = ['class2', 'x', 'y', 'class0', 'z', 'class1', 'v', 'w', 'u', 't']
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    assert order.tolist() != list(range(10))
+    first = make_model('se', num_classes=10, in_chans=1)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second.fc.weight.copy_(first.fc.weight[order])
+        second.fc.bias.copy_(first.fc.bias[order])
+    data = {'input_size': (1, 32, 32), 'mean': (0.4,), 'std': (0.3,), 'crop_pct': 1.0}
+    audits = []
+    for name, network, own in (('a', first, names), ('b', second, [names[index] for index in order])):
+        export(network, tmp_path / name, data, label_names=own if named else None)
+        (tmp_path / f'{name}.txt').write_text('\n'.join(own) + '\n')
+        subject = load_subject(str(tmp_path / name))
+        found = open_images(
+            subject.model, str(images), class_map='' if named else str(tmp_path / f'{name}.txt'))
+        audited, _ = folder.audit_folder(
+            subject, found, tmp_path / f'{name}-audit', batch_size=5, workers=0, device=torch.device('cpu'))
+        assert audited.target.tolist() == [own.index(f'class{label}') for label in (0, 1, 2) for _ in range(4)]
+        audits.append(audited)
+    assert audits[0].target.tolist() != audits[1].target.tolist()
+    compared = compare_audits(*audits, resamples=10)
+    assert {value for key, value in compared['network'].items()} == {0.0}
+    for row in compared['sites']:
+        assert {value for key, value in row.items() if key != 'site' and value == value} <= {0.0}, row
+        assert row['log_likelihood_gain'] == 0.0
+    assert len(compared['sites']) == len(audits[0].names) > 0
+    swapped = {**audits[1].provenance, 'class_names': {
+        str(output): f'class{(int(name[-1]) + 1) % 3}'
+        for output, name in audits[1].provenance['class_names'].items() if name.startswith('class')}}
+    with pytest.raises(ValueError, match='different classes'):
+        compare_audits(audits[0], dataclasses.replace(audits[1], provenance=swapped))
 
 
 def test_imagenet_is_known_by_synset(tmp_path):
