@@ -19,6 +19,7 @@ from dreal_timm.audit.intervals import bootstrap
 from dreal_timm.audit.parts import write_json
 from dreal_timm.audit.report import draw_figures, write_report
 from dreal_timm.audit.result import SCHEMA_VERSION, Audit
+from dreal_timm.audit.subject import load_subject
 from dreal_timm.data.classes import names_of_config
 
 __all__ = ['compare_audits', 'compare_models', 'format_comparison']
@@ -31,7 +32,7 @@ def _names(audits: Sequence[Audit]) -> list[Mapping[str, str]] | None:
 
     Those of the data set are the first choice; those of the network are the same where they told the classes.
     """
-    known = [audit.provenance.get('class_names') for audit in audits]
+    known: list[Mapping[str, str]] = [audit.provenance.get('class_names') or {} for audit in audits]
     if not all(known):
         known = []
         for audit in audits:
@@ -186,6 +187,8 @@ def compare_models(
     if len(set(names)) != 2:
         raise ValueError(f'A comparison needs two networks of different names, got {" and ".join(names)}.')
     options = {'resamples': resamples, 'resume': resume, 'command': command, **options}
+    if data_dir and not any((folder / 'audit.json').is_file() for folder in (Path(models[1]), output / 'second')):
+        load_subject(models[1], input_size=options.get('input_size'))  # an error before the first is measured
     folders = [
         _audited(model, output / part, data_dir, options)
         for model, part in zip(models, ('first', 'second'), strict=True)

@@ -25,7 +25,7 @@ from dreal_timm.restart import keep_inputs
 from dreal_timm.reward import is_correct
 from dreal_timm.trainable import stack_readings
 
-__all__ = ['Answer', 'Auditor', 'Seen']
+__all__ = ['Answer', 'Auditor', 'Seen', 'check_network']
 
 _logger = logging.getLogger(__name__)
 
@@ -60,6 +60,16 @@ class Seen:
     target: torch.Tensor
 
 
+def check_network(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Raise a ValueError if a network has no attention site, or no classes whose probability could change."""
+    if not sites:
+        raise ValueError(without_sites(model))
+    if getattr(model, 'num_classes', None) == 0:
+        raise ValueError(
+            f'{type(model).__name__} has no classes, and an audit asks what maps do to their probability: audit a '
+            'network with its classifier.')
+
+
 class Auditor:
     """Replace the maps of a network, one at a time, and see what becomes of its answer.
 
@@ -74,7 +84,7 @@ class Auditor:
         critic: Critics of all groups of the model, whose judgement is wanted.
 
     Raises:
-        ValueError: The model has no site, or none of such a name.
+        ValueError: The model has no site, none of such a name, or no classes.
     """
 
     def __init__(
@@ -87,8 +97,7 @@ class Auditor:
         self.model = model
         self.critic = critic
         sites = find_sites(model, input_size)
-        if not sites:
-            raise ValueError(without_sites(model))
+        check_network(model, sites)
         self.groups: list[Group] = group_sites(sites)
         self.sites: list[Site] = _chosen(sites, names)
         if input_size is None:

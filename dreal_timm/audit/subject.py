@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import resolve_data_config
-from timm.models import get_model_input_config
 
 from dreal_timm.attention import find_sites, group_sites
 from dreal_timm.audit.calibration import load_critic
+from dreal_timm.audit.effects import check_network
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.critic import Critic
 from dreal_timm.data.opening import open_for
@@ -50,16 +50,20 @@ def load_subject(model: str, checkpoint: str = '', input_size: Sequence[int] | N
 
     Raises:
         FileNotFoundError: The folder or the checkpoint is missing.
-        ValueError: No such model, it has no weights, or they or the critic do not fit.
+        ValueError: No such model, it has no weights, no attention site or no classes, or weights or critic do not fit.
     """
     folder, best = Path(model), Path(model) / _BEST
     run = (folder / _RUN).is_file() and (folder / 'model').is_dir()
     network: Any = load(str(folder / 'model') if run else model, checkpoint)
     source = checkpoint or (str(best) if run and best.is_file() else '')
+    sites = find_sites(network, input_size)
+    try:
+        check_network(network, sites)
+    except ValueError as error:
+        raise ValueError(f"'{model}': {error}") from error
     critic = None
     if source and Path(source).suffix not in _WEIGHTS_ALONE:
-        size = input_size if input_size is not None else get_model_input_config(network)['input_size']
-        critic = load_critic(source, group_sites(find_sites(network, size)), network)
+        critic = load_critic(source, group_sites(sites), network)
     if critic is None:
         source = checkpoint
     return Subject(network, critic, model, source, weights_digest(network.state_dict()))

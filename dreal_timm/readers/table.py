@@ -77,14 +77,13 @@ def unread(model: nn.Module) -> dict[str, str]:
 def without_sites(model: nn.Module) -> str:
     """Say that a model has no attention site, why, as far as can be told, and what can be done."""
     text = (
-        f'{type(model).__name__} has no attention site, so there is nothing to judge. '
-        f'Sites are the gates of {", ".join(sorted({cls.__name__ for cls in READERS}))}. '
+        f'{type(model).__name__} has no attention site: no module of it makes a map that weighs its features, as SE, '
+        'ECA, CBAM and SRM do (self-attention makes none). '
     )
     for name, reason in unread(model).items():
         text += f'{name} is none: {reason}. '
     return text + (
-        "timm.list_models('dreal_*') lists networks that have some, a ResNet takes attention by "
-        "block_args={'attn_layer': 'se'}, dreal_timm.find_sites(model) tells of any network, and "
+        "Networks such as seresnet50 and those of timm.list_models('dreal_*') have some, and "
         'dreal_timm.register_attention() adds a class of modules.'
     )
 

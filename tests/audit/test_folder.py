@@ -362,6 +362,33 @@ def test_errors_are_a_line(run_folder, images, tmp_path, capsys, arguments, mess
     assert not output.exists()
 
 
+@pytest.mark.parametrize('kind', ['plain', 'embedding'])
+def test_a_network_that_cannot_be_audited(images, tmp_path, capsys, kind):
+    """Without sites, or without classes: one short line that names the network, before anything is measured."""
+    data = {'input_size': (1, 32, 32), 'mean': (0.4,), 'std': (0.3,), 'crop_pct': 1.0}
+    names = ['class0', 'class1', 'class2']
+    export(make_model('se', num_classes=3, in_chans=1), tmp_path / 'good', data, names)
+    if kind == 'plain':
+        export(timm.create_model('test_resnet', num_classes=3, in_chans=1), tmp_path / 'bad', data, names)
+    else:
+        export(make_model('se', num_classes=0, in_chans=1), tmp_path / 'bad', data)
+    good, bad = str(tmp_path / 'good'), str(tmp_path / 'bad')
+    for command_line in (['audit', bad], ['compare', bad, good], ['compare', good, bad]):
+        output = tmp_path / 'out'
+        assert main([*command_line, '--data', str(images), '--output', str(output), '--workers', '0']) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert len(errors) == 1
+        assert len(errors[0]) < 500
+        assert bad in errors[0]
+        assert not output.exists()
+    if kind == 'plain':
+        assert main(['inspect', bad]) == 1
+        told = capsys.readouterr()
+        assert told.out == ''
+        assert len(told.err.strip().splitlines()) == 1
+        assert len(told.err) < 400
+
+
 def test_a_stream_is_refused():
     """Streams have no numbered images."""
     class Stream(torch.utils.data.IterableDataset):
