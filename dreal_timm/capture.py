@@ -15,7 +15,7 @@ from dreal_timm.gates import on_map, second_map
 from dreal_timm.overrides import scratch_buffers
 from dreal_timm.readers import Reader
 
-__all__ = ['Reading', 'bypass', 'map_again', 'read_map', 'record', 'replace', 'tap']
+__all__ = ['Reading', 'bypass', 'map_again', 'nudge', 'read_map', 'record', 'replace', 'tap']
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,21 @@ def replace(model: nn.Module, site: Site, attention: torch.Tensor) -> Iterator[N
 
     def change(own: torch.Tensor) -> torch.Tensor:
         return attention.to(own).expand_as(own).contiguous()
+
+    with on_map(*site_reader(model, site), change):
+        yield
+
+
+@contextmanager
+def nudge(model: nn.Module, site: Site) -> Iterator[None]:
+    """Replace the map of a site by itself with its last digit raised, in the passes inside the context.
+
+    To the precision of its numbers nothing changes. What does change is how all that follows is rounded, as with any
+    other map: the map itself would repeat the pass to the bit, and tell nothing of that.
+    """
+
+    def change(own: torch.Tensor) -> torch.Tensor:
+        return own * (1 + torch.finfo(own.dtype).eps)
 
     with on_map(*site_reader(model, site), change):
         yield

@@ -20,9 +20,10 @@ from dreal_timm.audit.parts import write_json
 from dreal_timm.audit.report import draw_figures, write_report
 from dreal_timm.audit.result import SCHEMA_VERSION, Audit
 from dreal_timm.audit.subject import load_subject
+from dreal_timm.audit.summary import caution, summarize
 from dreal_timm.data.classes import names_of_config
 
-__all__ = ['compare_audits', 'compare_models', 'format_comparison']
+__all__ = ['compare_audits', 'compare_models', 'format_comparison', 'read_summary']
 
 _logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def compare_audits(first: Audit, second: Audit, resamples: int = 1000, seed: int
 
     Returns:
         Dictionary of differences, second less first, each with '_low' and '_high' of its 95% interval:
+            - 'images': Number of images, and 'right', of those that both get right
             - 'network': 'top1' (percentage points) and 'log_likelihood' (mean, nats)
             - 'sites': For each site that both have, 'reward' over the images that both get right, and
                 'log_likelihood_gain' over all images
@@ -95,6 +97,7 @@ def compare_audits(first: Audit, second: Audit, resamples: int = 1000, seed: int
         ]
 
     shared = [name for name in first.names if name in second.names]
+    both = first.right & second.right
     network = {
         **interval('top1', 100 * (second.right.double() - first.right.double())[:, None])[0],
         **interval('log_likelihood', (second.log_p - first.log_p)[:, None])[0],
@@ -104,13 +107,12 @@ def compare_audits(first: Audit, second: Audit, resamples: int = 1000, seed: int
         own = [[audit.column(name) for name in shared] for audit in (first, second)]
         rewards = second.rewards()[:, own[1]] - first.rewards()[:, own[0]]
         gains = second.gain[:, own[1]] - first.gain[:, own[0]]
-        both = first.right & second.right
         sites = [
             {'site': name, **reward, **gain}
             for name, reward, gain in zip(
                 shared, interval('reward', rewards, both), interval('log_likelihood_gain', gains), strict=True)
         ]
-    return {'images': len(first.number), 'network': network, 'sites': sites}
+    return {'images': len(first.number), 'right': int(both.sum()), 'network': network, 'sites': sites}
 
 
 def format_comparison(comparison: Mapping[str, Any]) -> str:
@@ -126,7 +128,7 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
     for row in comparison['sites']:
         interval = f"{row['reward_low']:+.4f} to {row['reward_high']:+.4f}"
         lines.append(f"{row['site']:{width}}  reward {row['reward']:+.4f} ({interval})")
-    return '\n'.join(lines)
+    return '\n'.join([*lines, *filter(None, [caution(comparison['right'])])])
 
 
 def _audited(model: str, output: Path, data_dir: str, options: Mapping[str, Any]) -> Path:
@@ -139,6 +141,12 @@ def _audited(model: str, output: Path, data_dir: str, options: Mapping[str, Any]
         return output  # of a comparison that was stopped later
     audit_model(model, data_dir, output, **options)
     return output
+
+
+def read_summary(folder: Path, audit: Audit) -> dict[str, Any]:
+    """Return the figures of a finished audit, which those of earlier versions lack some of."""
+    content: dict[str, Any] = json.loads((folder / 'audit.json').read_text(encoding='utf-8'))
+    return content if 'floor' in content['network'] else summarize(audit, **content['settings'])
 
 
 def _labels(models: Sequence[str]) -> list[str]:
@@ -197,10 +205,7 @@ def compare_models(
         return None  # another process writes them
     audits = {name: Audit.load(folder) for name, folder in zip(names, folders, strict=True)}
     comparison = compare_audits(audits[names[0]], audits[names[1]], resamples, options.get('seed', 0))
-    summaries = {
-        name: json.loads((folder / 'audit.json').read_text(encoding='utf-8'))
-        for name, folder in zip(names, folders, strict=True)
-    }
+    summaries = {name: read_summary(folder, audits[name]) for name, folder in zip(names, folders, strict=True)}
     examples = {name: Examples.load(folder) for name, folder in zip(names, folders, strict=True)}
     drawn = draw_figures(audits, summaries, examples)
     output.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
 Shape letters: B batch, K classes, L sites.
 """
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from timm.models import get_model_input_config
 from torch import nn
 
 from dreal_timm.attention import Group, Site, find_sites, group_sites
-from dreal_timm.capture import Reading, record, replace
+from dreal_timm.capture import Reading, nudge, record, replace
 from dreal_timm.critic import Critic
 from dreal_timm.draws import Draws, rng_state
 from dreal_timm.errors import nearest
@@ -141,23 +141,36 @@ class Auditor:
             constants: Map of each site, by its name, with a first dimension of 1, for every sample. None takes, for
                 each sample, the mean of its own map (Eq. 1).
         """
+        def changing(site: Site) -> AbstractContextManager[None] | None:
+            return None if constants is None else replace(self.model, site, constants[site.name])
+
+        return self._answers(seen, changing)
+
+    def again(self, seen: Seen) -> Answer:
+        """Run the network again for each site with nothing changed but roundings, see `dreal_timm.capture.nudge`.
+
+        Args:
+            seen: What `see` returned of the batch.
+        """
+        return self._answers(seen, lambda site: nudge(self.model, site))
+
+    def _answers(self, seen: Seen, changing: Callable[[Site], AbstractContextManager[None] | None]) -> Answer:
         with self._evaluating():
             answers = [
-                _answer(self._logits(seen.judged, site, None if constants is None else constants[site.name]),
-                        seen.target)
-                for site in self.sites
+                _answer(self._logits(seen.judged, site, changing(site)), seen.target) for site in self.sites
             ]
         return Answer(
             torch.stack([answer.log_p for answer in answers], dim=1),
             torch.stack([answer.right for answer in answers], dim=1),
         )
 
-    def _logits(self, judged: Judged, site: Site, constant: torch.Tensor | None) -> torch.Tensor:
+    def _logits(self, judged: Judged, site: Site, changing: AbstractContextManager[None] | None) -> torch.Tensor:
+        """Logits with the map of a site changed by a context, or else replaced by its mean."""
         restart = None if judged.whole else self.restarts[site.name]
-        with nullcontext() if constant is None else replace(self.model, site, constant):
+        with changing or nullcontext():
             if restart is None:
-                return counterfactual(self.model, judged, [site] if constant is None else [])
-            return travel(self.model, judged, [Entry(restart, None)], null=constant is not None)
+                return counterfactual(self.model, judged, [] if changing else [site])
+            return travel(self.model, judged, [Entry(restart, None)], null=changing is not None)
 
     def _judge(self, readings: Mapping[str, Reading]) -> torch.Tensor | None:
         if self.critic is None:

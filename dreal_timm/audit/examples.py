@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dreal_timm.audit.effects import Auditor
 from dreal_timm.audit.images import NumberedImages
-from dreal_timm.audit.result import Audit
+from dreal_timm.audit.result import MARGIN, Audit
 
 __all__ = ['Examples', 'collect_examples', 'extremes', 'most_telling']
 
@@ -62,6 +62,8 @@ class Examples:
 def extremes(audit: Audit, name: str, count: int = _EACH) -> tuple[list[int], list[int]]:
     """Return the rows of the images whose class a site makes most, and least, likely, by the change of probability.
 
+    Images whose log-likelihood changes by no more than a pass that changes nothing would change it are none of them.
+
     Args:
         audit: The audit.
         name: Name of the site.
@@ -69,6 +71,7 @@ def extremes(audit: Audit, name: str, count: int = _EACH) -> tuple[list[int], li
     """
     column = audit.column(name)
     gain = audit.log_p.double().exp() - audit.mean_log_p[:, column].double().exp()
+    gain[audit.gain[:, column].abs() <= max(MARGIN, audit.noise()['log_likelihood_gain'])] = 0
     order = gain.argsort(descending=True).tolist()
     helped = [row for row in order[:count] if gain[row] > 0]
     hurt = [row for row in reversed(order[-count:]) if gain[row] < 0]

@@ -102,7 +102,7 @@ def channel_attention(audits: Mapping[str, Audit], sites: Sequence[str] | None =
 
 
 def gain_along_depth(summaries: Mapping[str, Mapping[str, Any]], key: str = 'reward') -> Figure:
-    """Return what each site is worth, in the order of depth, with its interval.
+    """Return what each site is worth, in the order of depth, with its interval; points that are findings are filled.
 
     Args:
         summaries: What `summarize` returned, by the names that the networks get. Of a single one, the gain against the
@@ -128,9 +128,11 @@ def gain_along_depth(summaries: Mapping[str, Mapping[str, Any]], key: str = 'rew
         middle = np.array([row[one] for _, row in known])
         bars = np.abs(np.array([[row[f'{one}_low'], row[f'{one}_high']] for _, row in known]).T - middle)
         shift = (index - (len(series) - 1) / 2) * 0.3
+        style: dict[str, Any] = dict(marker='os'[index % 2], ms=3.5, color=COLORS[index % len(COLORS)])
         axis.errorbar(
-            middle, [place + shift for place, _ in known], xerr=bars, fmt='os'[index % 2], ms=3.5, lw=1.2,
-            color=COLORS[index % len(COLORS)], label=label)
+            middle, [place + shift for place, _ in known], xerr=bars, ls='', lw=1.2, mfc='none', label=label, **style)
+        found = [(place + shift, row[one]) for place, row in known if row[f'{one}_finding']]
+        axis.plot([value for _, value in found], [place for place, _ in found], ls='', **style)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set_xlabel(labels[key.removeprefix('constant_')])

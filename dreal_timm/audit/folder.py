@@ -27,7 +27,8 @@ from dreal_timm.version import __version__
 
 __all__ = ['audit_folder', 'processes', 'remove_parts']
 
-_SAMPLES = ('number', 'target', 'log_p', 'right', 'mean_log_p', 'mean_right', 'quality')
+_SAMPLES = (
+    'number', 'target', 'log_p', 'right', 'mean_log_p', 'mean_right', 'quality', 'null_log_p', 'null_right')
 
 
 @contextmanager

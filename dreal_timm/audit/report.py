@@ -18,7 +18,7 @@ from PIL import Image
 from dreal_timm.audit import figures
 from dreal_timm.audit.examples import Examples, extremes, most_telling
 from dreal_timm.audit.result import Audit
-from dreal_timm.audit.summary import COLUMNS
+from dreal_timm.audit.summary import COLUMNS, caution
 
 __all__ = ['draw_figures', 'write_report']
 
@@ -29,10 +29,11 @@ _TITLES = {
     'reward': (
         'What each site is worth along depth',
         'Mean reward of the images that are classified correctly, with its bootstrap interval. Right of zero the map '
-        'helps.'),
+        'helps; hollow points are no findings.'),
     'top1_gain': (
         'Top-1 that each site brings',
-        'Accuracy with the map less accuracy with it replaced, over all images, with its bootstrap interval.'),
+        'Accuracy with the map less accuracy with it replaced, over all images, with its bootstrap interval. Hollow '
+        'points are no findings.'),
     'reward_distribution': (
         'Distribution of the rewards',
         'Quartiles, and 5th to 95th percentile, over the images that are classified correctly.'),
@@ -120,7 +121,7 @@ def _figures(drawn: Mapping[str, Figure]) -> str:
     return '\n'.join(parts)
 
 
-def _sign(value: float) -> str:
+def _sign(value: int) -> str:
     return 'up' if value > 0 else 'down' if value < 0 else ''
 
 
@@ -132,8 +133,7 @@ def _number(key: str, digits: int, sign: bool = True) -> Callable[[Mapping[str, 
         text = format(value, f'{"+" if sign else ""}.{digits}f')
         low, high = row.get(f'{key}_low'), row.get(f'{key}_high')
         interval = '' if low is None or high is None else f' <small>{low:.{digits}f} to {high:.{digits}f}</small>'
-        known = low is not None and high is not None and low * high > 0
-        colour = _sign(value) if known else ''
+        colour = _sign(row.get(f'{key}_finding', 0))
         return f'<td data-value="{value}"><span class="{colour}">{text}</span>{interval}</td>'
     return cell
 
@@ -236,15 +236,18 @@ def _provenance(audit: Audit, command: Sequence[str]) -> str:
 
 def _headline(label: str, summary: Mapping[str, Any]) -> str:
     network, rows = summary['network'], summary['sites']
-    useful = sum((row['reward_low'] or 0) > 0 for row in rows)
-    harmful = sum((row['reward_high'] or 0) < 0 for row in rows)
-    constant = sum((row['constant_reward_low'] or 0) > 0 for row in rows)
+    useful = sum(row['reward_finding'] > 0 for row in rows)
+    harmful = sum(row['reward_finding'] < 0 for row in rows)
+    constant = sum(row['constant_reward_finding'] > 0 for row in rows)
     unread = f' {network["unreadable"]} images could not be read.' if network['unreadable'] else ''
+    few = caution(network['right'])
     return (
         f'<p><strong>{html.escape(label)}</strong>: {network["images"]:,} images, top-1 {network["top1"]:.2f} %, wrong '
         f'{network["wrong"]:.2f} %.{unread} Of {len(rows)} attention sites, {useful} raise the probability of the true '
-        f'class over what their mean would give, and {harmful} lower it (interval of the mean reward clear of zero); '
-        f'{constant} raise it over what the constant mean map of the data set would give.</p>'
+        f'class over what their mean would give, and {harmful} lower it (interval of the mean reward clear of zero, '
+        f'reward beyond the floor of {network["floor"]["reward"]:.1g}); {constant} raise it '
+        f'over what the constant mean map of the data set would give.</p>'
+        + (f'<p><strong>{few}</strong></p>' if few else '')
     )
 
 

@@ -16,9 +16,10 @@ from dreal_timm.audit.parts import write_json
 from dreal_timm.audit.sites import SiteRow
 from dreal_timm.reward import reward
 
-__all__ = ['SCHEMA_VERSION', 'Audit']
+__all__ = ['MARGIN', 'SCHEMA_VERSION', 'Audit']
 
 SCHEMA_VERSION = 1
+MARGIN = 1e-4  # nats, or of a reward: what is smaller is not worth telling
 
 _FILE = 'audit.json'
 
@@ -41,6 +42,9 @@ class Audit:
         maps: Statistics of the maps of each site, by its name.
         provenance: Where the numbers come from: model, data, versions, settings.
         unreadable: Names of the images that could not be read, and are not among the N.
+        null_log_p: The log-probability in a pass that changes nothing but roundings at each site, (N, L); NaN for
+            images that were not passed so. None in an audit of an earlier version.
+        null_right: Whether the class wins or ties then, (N, L) bool.
     """
     sites: Sequence[SiteRow]
     number: torch.Tensor
@@ -55,6 +59,8 @@ class Audit:
     maps: Mapping[str, MapStatistics]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     unreadable: Sequence[str] = ()
+    null_log_p: torch.Tensor | None = None
+    null_right: torch.Tensor | None = None
 
     @property
     def names(self) -> list[str]:
@@ -74,6 +80,29 @@ class Audit:
     def constant_gain(self) -> torch.Tensor:
         """What each map adds to the log-likelihood of each image, over the data set's mean map, (N, L), nats."""
         return self.log_p[:, None] - self.constant_log_p
+
+    def noise(self) -> dict[str, float]:
+        """Return what a pass that changes nothing moves the numbers of an image by, at the site where it is most.
+
+        Returns:
+            Dictionary with 'log_likelihood_gain' (nats) and 'reward', over the images that are right: root mean squares
+            over the images of the null pass; and 'top1_gain', the percentage of them that it makes right or wrong. Each
+            is 0 where there was no null pass.
+        """
+        if self.null_log_p is None or self.null_right is None:
+            return dict.fromkeys(('reward', 'top1_gain', 'log_likelihood_gain'), 0.0)
+        passed = ~self.null_log_p.isnan().any(dim=1)
+        moved = (self.null_log_p - self.log_p[:, None])[passed].double()
+        right = self.right[passed]
+
+        def most(values: torch.Tensor) -> float:
+            return values.mean(dim=0).max().item() if len(values) else 0.0
+
+        return {
+            'reward': most(torch.expm1(moved[right]).square()) ** 0.5,
+            'top1_gain': most(100 * (self.null_right[passed] != right[:, None]).double()),
+            'log_likelihood_gain': most(moved.square()) ** 0.5,
+        }
 
     def rewards(self, gamma: float = 1.0, clip: float | None = 1.0) -> torch.Tensor:
         """Return the reward of each image and site, (N, L), see `dreal_timm.reward.reward`."""
@@ -137,4 +166,5 @@ class Audit:
 
 
 _TENSORS = (
-    'number', 'target', 'log_p', 'right', 'mean_log_p', 'mean_right', 'constant_log_p', 'constant_right', 'quality')
+    'number', 'target', 'log_p', 'right', 'mean_log_p', 'mean_right', 'constant_log_p', 'constant_right', 'quality',
+    'null_log_p', 'null_right')

@@ -2,6 +2,7 @@
 
 Two passes over the images: the first measures the network as it is, its maps, and what it says with each of them
 replaced by its mean; the second, what it says with each replaced by the mean map of the data set, which is known then.
+Of some images the first also measures what roundings alone do: the null pass.
 """
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from dreal_timm.critic import Critic
 
 __all__ = ['Batches', 'audit', 'first_pass', 'result', 'second_pass']
 
+_NULL = 256  # images of a part of the data set that the null pass looks at
+
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
@@ -29,10 +32,13 @@ def first_pass(auditor: Auditor, images: Batches) -> tuple[dict[str, torch.Tenso
             continue
         seen = auditor.see(pixels, target)
         mean = auditor.without(seen)
+        null = auditor.again(seen) if sums.count < _NULL else None
         sums.add(seen.maps)
         found = dict(
             number=number, target=target, log_p=seen.answer.log_p, right=seen.answer.right, mean_log_p=mean.log_p,
             mean_right=mean.right, quality=seen.quality,
+            null_log_p=torch.full_like(mean.log_p, torch.nan) if null is None else null.log_p,
+            null_right=seen.answer.right[:, None].expand_as(mean.right) if null is None else null.right,
         )
         for name, tensor in found.items():
             if tensor is not None:

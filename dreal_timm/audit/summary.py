@@ -12,9 +12,11 @@ import torch
 
 from dreal_timm.audit.calibration import calibrate
 from dreal_timm.audit.intervals import bootstrap
-from dreal_timm.audit.result import Audit
+from dreal_timm.audit.result import MARGIN, Audit
 
-__all__ = ['COLUMNS', 'format_summary', 'summarize', 'write_csv']
+__all__ = ['COLUMNS', 'caution', 'format_summary', 'summarize', 'write_csv']
+
+_FEW = 100  # right images
 
 COLUMNS = {
     'reward': 'mean of 1 - p(replaced) / p over the images that the network gets right (Eq. 1), clamped to [-1, 1]',
@@ -54,12 +56,24 @@ def _gains(audit: Audit, replaced: str, settings: Mapping[str, Any]) -> dict[str
     }
 
 
+def _finding(value: float, low: float, high: float, floor: float) -> int:
+    """Return the sign of an effect that is beyond the floor and whose interval excludes 0, else 0."""
+    return (value > 0) - (value < 0) if abs(value) > floor and low * high > 0 else 0
+
+
+def caution(right: int) -> str:
+    """Return a warning where few right images stand behind the numbers, else nothing."""
+    if right >= _FEW:
+        return ''
+    return f'Only {right} right images stand behind these numbers: below {_FEW}, take no interval at its word.'
+
+
 def summarize(
         audit: Audit,
         resamples: int = 1000,
         level: float = 0.95,
         seed: int = 0,
-        margin: float = 1e-4,
+        margin: float = MARGIN,
 ) -> dict[str, Any]:
     """Return the figures of an audit, as plain values for JSON; what cannot be told is None.
 
@@ -68,25 +82,32 @@ def summarize(
         resamples: Number of bootstrap resamples.
         level: Share of the resamples that an interval holds.
         seed: Seed of the resamples.
-        margin: Change of the log-likelihood, nats, below which a map neither helps nor hurts: passes that change
-            nothing differ by a hundredth of it in float32.
+        margin: Change of the log-likelihood, nats, below which a map neither helps nor hurts, and of a reward or a
+            log-likelihood below which it is no finding. Where the null pass of the audit moves them by more (in low
+            precision; in float32 it is by a hundredth of the default), that is the floor.
 
     Returns:
         Dictionary containing:
             - 'settings': The arguments
-            - 'network': 'images', 'unreadable', 'top1' and 'wrong' (percent), 'log_likelihood' (mean, nats)
-            - 'sites': For each site what `describe_sites` says of it, the `COLUMNS`, '_low' and '_high' of those with
-                an interval, and 'quality', 'rank_correlation', 'rank_correlation_all' where there was a critic
+            - 'network': 'images', 'right' and 'unreadable' (numbers), 'top1' and 'wrong' (percent), 'log_likelihood'
+                (mean, nats), and 'floor', which a 'reward', 'top1_gain' or 'log_likelihood_gain' must exceed
+            - 'sites': For each site what `describe_sites` says of it, the `COLUMNS`; of those with an interval '_low'
+                and '_high', and '_finding': 1 or -1, the sign of an effect whose interval excludes 0 and that exceeds
+                the floor, else 0; and 'quality', 'rank_correlation', 'rank_correlation_all' where there was a critic
     """
     settings: dict[str, Any] = dict(resamples=resamples, level=level, seed=seed, margin=margin)
     means = {**_gains(audit, 'mean', settings), **_gains(audit, 'constant', settings)}
     right = audit.right[:, None]
+    floor = {key: max(value, 0.0 if key == 'top1_gain' else margin) for key, value in audit.noise().items()}
+    margin = floor['log_likelihood_gain']
     rows = []
     for index, name in enumerate(audit.names):
         row = audit.row(name)
         for key, columns in means.items():
             for end, column in zip(('', '_low', '_high'), columns, strict=True):
                 row[f'{key}{end}'] = _number(column[index])
+            value, low, high = (float(column[index]) for column in columns)
+            row[f'{key}_finding'] = _finding(value, low, high, floor[key.removeprefix('constant_')])
         gain = audit.gain[:, index]
         row['helps'] = (gain > margin).double().mean().item()
         row['hurts'] = (gain < -margin).double().mean().item()
@@ -104,10 +125,12 @@ def summarize(
         'settings': settings,
         'network': {
             'images': len(audit.number),
+            'right': int(audit.right.sum()),
             'unreadable': len(audit.unreadable),
             'top1': top1,
             'wrong': 100 - top1,
             'log_likelihood': audit.log_p.double().mean().item(),
+            'floor': floor,
         },
         'sites': rows,
     }
@@ -123,10 +146,10 @@ def write_csv(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """Return the figures as a text table."""
+    """Return the figures as a text table; 'finding' tells of rewards, see `summarize`."""
     network = summary['network']
     level = f"{100 * summary['settings']['level']:.0f}% interval"
-    head = ('site', 'reward', level, 'top-1', 'log p', 'against constant', 'helps', 'hurts', 'input')
+    head = ('site', 'reward', level, 'finding', 'top-1', 'log p', 'against constant', 'helps', 'hurts', 'input')
     table = [head]
     for row in summary['sites']:
         share = row['map_input_share']
@@ -134,6 +157,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             row['site'],
             _format(row['reward'], '+.4f'),
             f"{_format(row['reward_low'], '+.4f')} to {_format(row['reward_high'], '+.4f')}",
+            {1: 'raises', -1: 'lowers', 0: ''}[row['reward_finding']],
             f"{row['top1_gain']:+.2f}",
             f"{row['log_likelihood_gain']:+.4f}",
             f"{row['constant_log_likelihood_gain']:+.4f}",
@@ -153,6 +177,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         f"{network['images']:,} images, top-1 {network['top1']:.2f} % (wrong: {network['wrong']:.2f} %), mean "
         f"log-likelihood {network['log_likelihood']:.4f}",
         *lines,
+        *filter(None, [caution(network['right'])]),
     ])
 
 

@@ -8,6 +8,7 @@ import timm
 import torch
 from networks import correct_targets, make_batch, make_model
 from small_run import copied
+from timm.layers import SEModule
 from torch import nn
 
 from dreal_timm import find_sites
@@ -247,6 +248,51 @@ def test_quality_is_the_critics():
     row = summarize(found, resamples=10)['sites'][0]
     assert row['quality'] == pytest.approx(found.quality[:, 0].mean().item(), abs=1e-6)
     assert not math.isnan(row['rank_correlation'])
+
+
+def test_the_null_pass(attention, monkeypatch):
+    """Its log p is that of a plain pass with the map's last digit raised, in bfloat16 where that shows; of some images.
+
+    In bfloat16 that moves log p by far more than in float32, and the floor of findings is what it moves it by.
+    """
+    monkeypatch.setattr('dreal_timm.audit.run._NULL', 5)
+    floors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(attention).to(dtype)
+        made = batches_of(model)
+        found = audit(model, made, input_size=(3, 64, 64))
+        images, target = made[0]
+        for column, site in enumerate(find_sites(model, (3, 64, 64))):
+            module = model.get_submodule(site.module)
+            gate = module.get_submodule(readers_of(module)[0].gate)
+            handle = gate.register_forward_hook(
+                lambda gate, args, output: output * (1 + torch.finfo(output.dtype).eps))
+            with torch.no_grad():
+                logits = model.eval()(images)
+            handle.remove()
+            log_p = logits.float().log_softmax(1).gather(1, target[:, None]).squeeze(1)
+            torch.testing.assert_close(found.null_log_p[:5, column], log_p, rtol=0, atol=2e-6)
+        assert found.null_log_p[5:].isnan().all()
+        assert not found.null_log_p[:5].isnan().any()
+        moved = (found.null_log_p - found.log_p[:, None])[:5]
+        floors.append(summarize(found, resamples=10)['network']['floor']['log_likelihood_gain'])
+        assert floors[-1] == pytest.approx(max(1e-4, moved.square().mean(0).max().sqrt().item()), rel=1e-4)
+        assert moved.abs().max() > 0
+    assert floors[0] == 1e-4 < 1e-3 < floors[1]
+
+
+def test_maps_that_do_nothing_are_no_finding():
+    """Where all numbers of a map are one, its mean changes nothing, and nothing is a finding."""
+    model = make_model('se')
+    for module in model.modules():
+        if isinstance(module, SEModule):
+            nn.init.zeros_(module.fc2.weight)
+            nn.init.constant_(module.fc2.bias, 0.3)
+    found = audit(model, batches_of(model, (5,)), input_size=(3, 64, 64))
+    rows = summarize(found, resamples=50)['sites']
+    assert [row[key] for row in rows for key in row if key.endswith('_finding')] == [0] * 6 * len(rows)
+    plain = summarize(audit(make_model('se'), batches_of(model, (5,)), input_size=(3, 64, 64)), resamples=50)
+    assert any(row['reward_finding'] for row in plain['sites'])
 
 
 def test_recordings_leave_no_hooks(attention):

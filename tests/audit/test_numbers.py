@@ -1,4 +1,5 @@
-"""Intervals, sums of maps and calibration, against other libraries and by hand"""
+"""Intervals, sums of maps, calibration and findings, against other libraries and by hand"""
+import dataclasses
 import math
 
 import numpy as np
@@ -6,11 +7,14 @@ import pytest
 import torch
 from scipy import stats
 
-from dreal_timm.audit import bootstrap
+from dreal_timm.audit import bootstrap, compare_audits, format_comparison, format_summary, summarize
 from dreal_timm.audit.calibration import calibrate, reliability
+from dreal_timm.audit.compare import read_summary
+from dreal_timm.audit.examples import Examples, extremes
 from dreal_timm.audit.images import draw_numbers
-from dreal_timm.audit.maps import MapSums
+from dreal_timm.audit.maps import MapStatistics, MapSums
 from dreal_timm.audit.parts import cut
+from dreal_timm.audit.report import draw_figures, write_report
 from dreal_timm.audit.result import Audit
 from dreal_timm.audit.sites import SiteRow
 
@@ -83,7 +87,8 @@ def made(quality, change, right):
     right = torch.tensor(right)
     return Audit(
         [row], torch.arange(count), torch.zeros(count, dtype=torch.long), log_p, right,
-        log_p[:, None] + torch.tensor(change)[:, None], right[:, None], log_p[:, None], right[:, None],
+        log_p[:, None] + torch.tensor(change)[:, None], right[:, None].clone(),
+        log_p[:, None].clone(), right[:, None].clone(),
         torch.tensor(quality)[:, None], {})
 
 
@@ -99,6 +104,103 @@ def test_calibration_by_hand():
     assert swapped['rank_correlation'] == pytest.approx(0.5)
     assert swapped['rank_correlation_all'] == pytest.approx(-0.4)
     assert math.isnan(calibrate(made([0.2] * 3, [-1.0, -2.0, -3.0], [True] * 3), 'site')['rank_correlation'])
+
+
+def noisy(change, null, right=None):
+    """An audit of one site: changes of log p without the map, and by the null pass (NaN: not passed), by image."""
+    right = [True] * len(change) if right is None else right
+    found = made([0.0] * len(change), change, right)
+    moved = torch.tensor(null)
+    flipped = torch.tensor(right)[:, None].logical_xor(moved[:, None] > 1)  # a change by more than 1 is a flip here
+    return dataclasses.replace(
+        found, quality=None, null_log_p=found.log_p[:, None] + moved[:, None], null_right=flipped,
+        maps={'site': MapStatistics(torch.zeros(1, 4), torch.zeros(1, 4), 0.0, 0.0)})
+
+
+def test_noise_by_hand():
+    """Root mean squares over the images of the null pass, those of rewards over the right ones; flips in percent."""
+    audit = noisy([0.0] * 5, [0.3, -0.4, 0.0, 1.2, math.nan], [True, True, False, False, True])
+    noise = audit.noise()
+    assert noise['log_likelihood_gain'] == pytest.approx(math.sqrt((0.09 + 0.16 + 1.44) / 4), rel=1e-5)
+    assert noise['reward'] == pytest.approx(
+        math.sqrt(((math.exp(0.3) - 1) ** 2 + (1 - math.exp(-0.4)) ** 2) / 2), rel=1e-5)
+    assert noise['top1_gain'] == pytest.approx(25)
+    assert set(made([0.0], [0.1], [True]).noise().values()) == {0.0}
+
+
+@pytest.mark.parametrize(('change', 'null', 'finding'), [
+    ([-3e-6, -3.1e-6, -2.9e-6, -3e-6, -3e-6], [0.0] * 5, 0),  # all of one sign, and nothing
+    ([-0.02, -0.03, -0.02, -0.03, -0.02], [1e-6, -1e-6, 0.0, 0.0, 1e-6], 1),
+    ([0.02, 0.03, 0.02, 0.03, 0.02], [1e-6, -1e-6, 0.0, 0.0, 1e-6], -1),
+    ([-0.02, -0.03, -0.02, -0.03, -0.02], [0.05, -0.05, 0.05, -0.05, 0.05], 0),  # the null pass moves it as much
+    ([-0.02, 0.03, -0.02, 0.03, -0.02], [0.0] * 5, 0),  # the interval holds 0
+])
+def test_findings_by_hand(change, null, finding, tmp_path):
+    """An effect is a finding beyond the floor of the null pass with an interval clear of 0: in every form of it."""
+    audit = noisy(change, null)
+    summary = summarize(audit, resamples=200)
+    row = summary['sites'][0]
+    assert row['reward_low'] <= row['reward'] <= row['reward_high']
+    assert row['reward'] == pytest.approx(sum(1 - math.exp(value) for value in change) / 5, rel=1e-2)
+    assert (row['reward_finding'], row['log_likelihood_gain_finding']) == (finding, finding)
+    assert row['constant_reward_finding'] == row['top1_gain_finding'] == 0
+    assert summary['network']['floor']['log_likelihood_gain'] == pytest.approx(
+        max(1e-4, math.sqrt(sum(value ** 2 for value in null) / 5)), rel=1e-3)
+    words = format_summary(summary).splitlines()[2].split()
+    assert [word for word in words if word in ('raises', 'lowers')] == {1: ['raises'], -1: ['lowers'], 0: []}[finding]
+    none = Examples({}, np.zeros((0, 1, 1, 3), dtype=np.uint8), {})
+    drawn = draw_figures({'a': audit}, {'a': summary}, {'a': none})
+    filled = [line for line in drawn['reward'].axes[0].lines if line.get_marker() == 'o' and (
+        line.get_markerfacecolor() != 'none')]
+    assert [list(line.get_xdata()) for line in filled] == [[row['reward']] if finding else []]
+    write_report(tmp_path / 'report.html', {'a': audit}, {'a': summary}, {'a': none}, drawn)
+    page = (tmp_path / 'report.html').read_text()
+    assert page.count('class="up"') == (2 if finding > 0 else 0)  # reward, and log-likelihood
+    assert page.count('class="down"') == (2 if finding < 0 else 0)
+    helped, hurt = extremes(audit, 'site')
+    assert bool(helped) == (abs(min(change)) > 1e-4 and max(null) < 0.05 and min(change) < 0)
+    assert bool(hurt) == (max(change) > 0)
+
+
+def test_top1_beyond_the_null_pass():
+    """A gain of top-1 is a finding where it is more than the images that the null pass turns by itself."""
+    for turned, finding in ((0, 1), (9, 0)):
+        count = 10
+        audit = noisy([-1.0] * count, [1.5] * turned + [0.0] * (count - turned))
+        audit = dataclasses.replace(audit, mean_right=torch.tensor([[False]] * 8 + [[True]] * 2))
+        row = summarize(audit, resamples=200)['sites'][0]
+        assert row['top1_gain'] == pytest.approx(80)
+        assert row['top1_gain_finding'] == finding
+
+
+def test_an_audit_without_a_null_pass(tmp_path):
+    """A folder of an earlier version, without null pass and findings, is read, and its findings are told by 1e-4."""
+    audit = dataclasses.replace(noisy([-0.02] * 5, [0.0] * 5), null_log_p=None, null_right=None)
+    before = summarize(audit, resamples=50)
+    before['network'] = {key: value for key, value in before['network'].items() if key not in ('floor', 'right')}
+    before['sites'] = [
+        {key: value for key, value in row.items() if not key.endswith('_finding')} for row in before['sites']]
+    audit.save(tmp_path, before)
+    loaded = Audit.load(tmp_path)
+    assert loaded.null_log_p is None
+    read = read_summary(tmp_path, loaded)
+    assert read['sites'][0]['reward_finding'] == 1
+    assert {key: value for key, value in read['sites'][0].items() if not key.endswith('_finding')} == before['sites'][0]
+    assert read['network']['floor'] == {'reward': 1e-4, 'top1_gain': 0, 'log_likelihood_gain': 1e-4}
+
+
+@pytest.mark.parametrize(('right', 'warned'), [(99, True), (100, False)])
+def test_few_right_images_are_told(right, warned):
+    """Below 100 right images the text has a line more, whatever the number of all images."""
+    audit = noisy([-0.1] * 150, [0.0] * 150, [number < right for number in range(150)])
+    summary = summarize(audit, resamples=10)
+    assert summary['network']['right'] == right
+    lines = format_summary(summary).splitlines()
+    assert len(lines) == (4 if warned else 3)
+    assert (f' {right} ' in lines[-1]) == warned
+    compared = compare_audits(audit, dataclasses.replace(audit, right=torch.arange(150) < 120), resamples=10)
+    assert compared['right'] == right
+    assert len(format_comparison({**compared, 'first': 'a', 'second': 'b'}).splitlines()) == (3 if warned else 2)
 
 
 def test_reliability_by_hand():
