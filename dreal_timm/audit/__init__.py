@@ -10,8 +10,8 @@ from .sites import describe_sites as describe_sites
 from .sites import format_sites as format_sites
 
 _LAZY = {
-    'Audit': 'result', 'Auditor': 'effects', 'audit': 'run', 'audit_model': 'command', 'bootstrap': 'intervals',
-    'channel_attention': 'figures', 'compare_audits': 'compare', 'compare_models': 'compare',
+    'Audit': 'result', 'Auditor': 'effects', 'audit': 'run', 'audit_model': 'command', 'audit_network': 'command',
+    'bootstrap': 'intervals', 'channel_attention': 'figures', 'compare_audits': 'compare', 'compare_models': 'compare',
     'format_comparison': 'compare', 'format_summary': 'summary', 'gain_along_depth': 'figures',
     'load_critic': 'calibration', 'reliability_diagram': 'figures', 'reward_distribution': 'figures',
     'spatial_attention': 'figures', 'summarize': 'summary', 'training_curves': 'figures',
@@ -19,9 +19,9 @@ _LAZY = {
 
 
 __all__ = [
-    'Audit', 'Auditor', 'SiteRow', 'audit', 'audit_model', 'bootstrap', 'channel_attention', 'compare_audits',
-    'compare_models', 'describe_sites', 'format_comparison', 'format_sites', 'format_summary', 'gain_along_depth',
-    'load_critic', 'reliability_diagram', 'reward_distribution', 'spatial_attention', 'summarize',
+    'Audit', 'Auditor', 'SiteRow', 'audit', 'audit_model', 'audit_network', 'bootstrap', 'channel_attention',
+    'compare_audits', 'compare_models', 'describe_sites', 'format_comparison', 'format_sites', 'format_summary',
+    'gain_along_depth', 'load_critic', 'reliability_diagram', 'reward_distribution', 'spatial_attention', 'summarize',
     'training_curves',
 ]
 

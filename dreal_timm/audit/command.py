@@ -1,21 +1,26 @@
-"""`dreal-timm audit`: a network, a data set, and a folder of results"""
+"""`dreal-timm audit`: a network, a data set, and a folder of results; and the same of what is in memory"""
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from timm.utils import unwrap_model
+from torch import nn
 
-from dreal_timm.audit.examples import collect_examples
+from dreal_timm.audit.examples import Examples, collect_examples, telling_numbers
 from dreal_timm.audit.folder import audit_folder, remove_parts
+from dreal_timm.audit.loader import LoaderImages
 from dreal_timm.audit.report import draw_figures, write_report
 from dreal_timm.audit.result import Audit
+from dreal_timm.audit.run import measure
 from dreal_timm.audit.subject import load_subject, open_images
 from dreal_timm.audit.summary import summarize, write_csv
+from dreal_timm.critic import Critic
 
-__all__ = ['audit_model', 'check_output', 'save_figures']
+__all__ = ['audit_model', 'audit_network', 'check_output', 'save_figures']
 
 _logger = logging.getLogger(__name__)
 
@@ -114,11 +119,72 @@ def audit_model(
     summary = summarize(audit, resamples=resamples, seed=seed)
     runs = [model] if (Path(model) / 'summary.csv').is_file() and audit.quality is not None else []
     label = Path(model).name if Path(model).is_dir() else model
+    _write(output, label, audit, summary, examples, runs, command)
+    remove_parts(output)
+    return audit, summary
+
+
+def _write(
+        output: Path,
+        label: str,
+        audit: Audit,
+        summary: dict[str, Any],
+        examples: Examples,
+        runs: Sequence[str] = (),
+        command: Sequence[str] = (),
+) -> None:
+    """Write all files of a finished audit to a folder that exists."""
     drawn = draw_figures({label: audit}, {label: summary}, {label: examples}, runs)
     examples.save(output)
     write_csv(output / 'sites.csv', summary)
     save_figures(output / 'figures', drawn)
     write_report(output / 'report.html', {label: audit}, {label: summary}, {label: examples}, drawn, command)
     audit.save(output, summary)  # the last: it is what tells a finished audit
-    remove_parts(output)
-    return audit, summary
+
+
+def audit_network(
+        model: nn.Module,
+        data: Iterable[Any],
+        output: str | Path | None = None,
+        *,
+        name: str = '',
+        sites: Sequence[str] | None = None,
+        input_size: Sequence[int] | None = None,
+        critic: Critic | None = None,
+        batch_size: int = 128,
+        workers: int = 0,
+        seed: int = 0,
+        resamples: int = 1000,
+) -> tuple[Audit, dict[str, Any]]:
+    """Measure what each attention module of a network in memory is worth, on a loader of one's own.
+
+    It is `audit_model` for what is not in files: of `audit`, whose other arguments it has, it makes the same summary
+    and, where a folder is named, the same files.
+
+    Args:
+        model: A model with attention sites.
+        data: Batches of images (B, C, H, W) and class indices (B,), or a data set, see `audit`. It is read twice.
+        output: Folder to write; None writes none.
+        name: What the network is called in the report; empty is its architecture.
+        seed: Seed of the intervals.
+        resamples: Bootstrap resamples.
+
+    Returns:
+        The audit and its summary (see `summarize`).
+
+    Raises:
+        FileExistsError: The folder exists.
+        ValueError: As of `audit`.
+    """
+    if output is not None:
+        check_output(Path(output), resume=False)
+    model = unwrap_model(model)
+    images = LoaderImages(data, model, batch_size, workers)
+    telling = None if output is None else telling_numbers
+    found, auditor = measure(model, images, sites, input_size, critic, name, telling)
+    summary = summarize(found, resamples=resamples, seed=seed)
+    if output is not None:
+        examples = collect_examples(found, auditor, images, images.like.device)
+        Path(output).mkdir(parents=True, exist_ok=True)
+        _write(Path(output), found.provenance['model'], found, summary, examples)
+    return found, summary

@@ -116,6 +116,9 @@ class Auditor:
         Args:
             images: Images, (B, C, H, W), on the model's device.
             target: Class indices, (B,).
+
+        Raises:
+            ValueError: The network has not so many classes.
         """
         needed = {name for restart in self.restarts.values() if restart is not None for name in restart.inputs}
         watched = self.sites if self.critic is None else [site for group in self.groups for site in group.sites]
@@ -125,6 +128,10 @@ class Auditor:
             norms = stack.enter_context(record_norms(self.model))
             kept = stack.enter_context(keep_inputs(self.model, sorted(needed)))
             logits = self.model(images)
+            if not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+                raise ValueError(
+                    f'Class indices lie from {int(target.min())} to {int(target.max())}, but the network has '
+                    f'{logits.shape[1]} classes.')
             quality = self._judge(readings)
         draws.after = rng_state(images.device)
         judged = Judged(images, norms, draws, kept)

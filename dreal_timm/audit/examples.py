@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from dreal_timm.audit.effects import Auditor
 from dreal_timm.audit.images import NumberedImages
+from dreal_timm.audit.loader import LoaderImages
 from dreal_timm.audit.result import MARGIN, Audit
 
-__all__ = ['Examples', 'collect_examples', 'extremes', 'most_telling']
+__all__ = ['Examples', 'collect_examples', 'extremes', 'most_telling', 'telling_numbers']
 
 _FILE = 'examples.safetensors'
 _SIDE, _EACH, _SITES, _SHOWN = 96, 3, 32, 4
@@ -87,18 +88,32 @@ def most_telling(audit: Audit, count: int = _SITES) -> list[str]:
 def _picture(pixels: torch.Tensor, config: Mapping[str, Any], side: int | None = None) -> np.ndarray:
     """Image as the network sees it, (H, W, 3) uint8, without its normalisation, of at most so many pixels."""
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    array = ((pixels.cpu().float() * std + mean).clamp(0, 1) * 255).round().byte()
-    array = array.expand(3, -1, -1) if len(array) == 1 else array[:3]
+    pixels = pixels.cpu().float() if len(pixels) in (1, 3) else pixels[:1].cpu().float()
+    if len(mean) == 1 or len(mean) == len(pixels):
+        pixels = pixels * std + mean
+    else:
+        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)
+    array = (pixels.clamp(0, 1) * 255).round().byte()
+    array = array.expand(3, -1, -1)
     image = Image.fromarray(array.permute(1, 2, 0).contiguous().numpy())
     if side is not None:
         image.thumbnail((side, side))
     return np.array(image)
 
 
+def _telling_rows(audit: Audit) -> list[int]:
+    return list(dict.fromkeys(row for name in most_telling(audit) for some in extremes(audit, name) for row in some))
+
+
+def telling_numbers(audit: Audit) -> list[int]:
+    """Return the numbers of the images that `collect_examples` looks at."""
+    return [int(audit.number[row]) for row in [*_telling_rows(audit), *_spread(audit, _SHOWN)]]
+
+
 def collect_examples(
         audit: Audit,
         auditor: Auditor,
-        images: NumberedImages,
+        images: NumberedImages | LoaderImages,
         device: torch.device,
 ) -> Examples:
     """Look at the images again that say most.
@@ -109,8 +124,7 @@ def collect_examples(
         images: The images.
         device: Device of the network.
     """
-    rows = [row for name in most_telling(audit) for some in extremes(audit, name) for row in some]
-    numbers = [int(audit.number[row]) for row in dict.fromkeys(rows)]
+    numbers = [int(audit.number[row]) for row in _telling_rows(audit)]
     pictures = {number: _picture(images[number][0], images.data_config, _SIDE) for number in numbers}
     spatial = [site for site in auditor.sites if site.kind == 'spatial']
     if not spatial:

@@ -1,6 +1,5 @@
 """An audit in steps that are kept on the disk, shared by several processes"""
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -19,11 +17,10 @@ from dreal_timm.audit.images import NumberedImages, batches, draw_numbers
 from dreal_timm.audit.maps import MapSums
 from dreal_timm.audit.parts import Parts, cut
 from dreal_timm.audit.result import Audit
-from dreal_timm.audit.run import Batches, first_pass, result, second_pass
+from dreal_timm.audit.run import Batches, first_pass, result, second_pass, versions
 from dreal_timm.audit.sites import describe_sites
 from dreal_timm.audit.subject import Subject
 from dreal_timm.hub.results import weights_digest
-from dreal_timm.version import __version__
 
 __all__ = ['audit_folder', 'processes', 'remove_parts']
 
@@ -199,10 +196,7 @@ def audit_folder(
             'model': subject.name, 'checkpoint': subject.checkpoint, **settings,
             'label_names': subject.model.pretrained_cfg.get('label_names'), 'class_names': images.class_names(),
             'seconds': round(time.time() - begun, 1), 'processes': count, 'device': str(device),
-            'versions': {
-                'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
-                'dreal_timm': __version__,
-            },
+            'versions': versions(),
         },
     )
     return audited, auditor
