@@ -103,21 +103,21 @@ def check_reid(
             f'{distractors:,} queries are of identity 0, which is that of distractors and answers nothing: count '
             'identities from 1')
     sizes = Counter(image.pid for image in data.train)
-    few = sorted(pid for pid, count in sizes.items() if count < images_per_identity)
-    details['few_images'] = [str(pid) for pid in few]
+    few = [data.names.get(pid, str(pid)) for pid in sorted(sizes) if sizes[pid] < images_per_identity]
+    details['few_images'] = few
     if few:
         problems.append(
             f'{len(few):,} of {len(sizes):,} identities to train on have fewer than {images_per_identity} images, some '
             f'of which a batch then holds twice: {_some(few)}')
     tested = (set(data.identities('query')) | set(data.identities('gallery'))) - {DISTRACTOR}
-    known = sorted(tested & sizes.keys())
-    details['known_identities'] = [str(pid) for pid in known]
+    known = [data.names.get(pid, str(pid)) for pid in sorted(tested & sizes.keys())]
+    details['known_identities'] = known
     if known:
         problems.append(
             f'{len(known):,} identities are in the training split and in the test: numbers will tell of known people: '
             f'{_some(known)}')
     seen = Counter(image.path for split in SPLITS for image in getattr(data, split))
-    details['repeated'] = [str(path) for path, count in seen.items() if count > 1]
+    details['repeated'] = [str(path) for path, count in seen.items() if count > 1] + list(map(str, data.repeated))
     if details['repeated']:
         problems.append(
             f"{len(details['repeated']):,} files are listed more than once, in a split or in several: "

@@ -181,13 +181,18 @@ def evaluate_features(
     if multi_query:
         query, pids, camids = pooled_queries(query, data, extra)
         known = torch.tensor([image.camid for image in data.gallery], dtype=torch.int64, device=query.device)
+        if camera_rule == 'ignore':  # the files of a pooled query are left out, as if each pooled query were a camera
+            pooled = {pair: i for i, pair in enumerate(zip(pids.tolist(), camids.tolist(), strict=True))}
+            own = {image.path: pooled[image.pid, image.camid] for image in (*data.query, *data.extra)
+                   if (image.pid, image.camid) in pooled}
+            camids = torch.arange(len(pids), device=query.device)
+            known = torch.tensor([own.get(image.path, -1) for image in data.gallery], device=query.device)
     else:
         pids = _pids(data.query, query.device)
         # with 'ignore' it is the query's own file that is left out, as if each file were a camera
         camids, known = _origins(data, data.query, camera_rule, query.device)
-        camera_rule = 'exclude'
     blocks = rerank(query, gallery, metric=metric) if reranked else distance_blocks(query, gallery, metric)
-    found = score(blocks, pids, gallery_pids, camids, known, camera_rule).summary()
+    found = score(blocks, pids, gallery_pids, camids, known).summary()
     return {'mAP': found.pop('mAP'), **found}
 
 

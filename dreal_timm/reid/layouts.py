@@ -7,16 +7,19 @@ Bridge Domain Gap for Person Re-identification`, CVPR 2018), a table, and folder
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
-__all__ = ['EXPECTED', 'LAYOUTS', 'SPLITS', 'ReidData', 'ReidImage', 'image_files', 'open_reid', 'origin']
+from dreal_timm.reid.files import file_key, folders_in, image_files, is_image
+from dreal_timm.reid.numbering import check_spelling, numbers_of, read_number
+
+__all__ = ['EXPECTED', 'LAYOUTS', 'SPLITS', 'ReidData', 'ReidImage', 'open_reid', 'origin']
 
 SPLITS = ('train', 'query', 'gallery')
 JUNK, DISTRACTOR = -1, 0
-_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm')
 # images and identities of the training split, queries, images of the gallery, as published
 EXPECTED = {
     'market1501': {'train': 12_936, 'identities': 751, 'query': 3_368, 'gallery': 15_913},
@@ -50,6 +53,8 @@ class ReidData:
         extra: Further images of the queries' identities and cameras, for multi query (Market-1501's gt_bbox).
         junk: Number of images that were left out as junk.
         notes: What is not as published.
+        repeated: Paths that were left out of a split, since their files are in it already.
+        names: Names of identities by their numbers, where they are no numbers.
     """
     layout: str
     root: Path
@@ -59,10 +64,16 @@ class ReidData:
     extra: list[ReidImage] = field(default_factory=list)
     junk: int = 0
     notes: list[str] = field(default_factory=list)
+    repeated: list[Path] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
 
     def identities(self, split: str = 'train') -> list[int]:
         """Return the identities of a split, ascending; a label is the place in that of the training split."""
         return sorted({image.pid for image in getattr(self, split)})
+
+    def identity_names(self, split: str = 'train') -> list[str]:
+        """Return the names of `identities`: of a training split, what each label is, however they are numbered here."""
+        return [self.names.get(pid, str(pid)) for pid in self.identities(split)]
 
 
 def origin(image: ReidImage, camera_rule: str) -> int | Path:
@@ -70,135 +81,107 @@ def origin(image: ReidImage, camera_rule: str) -> int | Path:
     return image.path if camera_rule == 'ignore' else image.camid
 
 
-def image_files(folder: Path, deep: bool = False) -> list[Path]:
-    """Return the images of a folder by their names' endings, sorted; hidden ones are none.
+def _numbered(rows: Iterable[tuple[Path, str, str, str]], layout: str, root: Path) -> ReidData:
+    """A data set of rows with files, identities and cameras by any names, and splits.
 
-    Args:
-        folder: The folder.
-        deep: Whether folders inside of it are looked into.
-
-    Raises:
-        FileNotFoundError: It is missing.
+    Numbers keep their meaning where all are numbers; among names, of identities -1 and 0 alone do.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"'{folder}' is missing.")
-    paths = folder.rglob('*') if deep else folder.iterdir()
-    return sorted(
-        path for path in paths if path.suffix.lower() in _SUFFIXES and path.is_file()
-        and not any(part.startswith('.') for part in path.relative_to(folder).parts))
+    rows = list(rows)
+    check_spelling((row[1] for row in rows), 'identity', root)
+    check_spelling((row[2] for row in rows), 'camera', root)
+    pids = numbers_of({row[1] for row in rows}, 1, (JUNK, DISTRACTOR))
+    camids = numbers_of({row[2] for row in rows}, 0)
+    below = min(pids.values(), default=0)
+    if below < JUNK:
+        raise ValueError(f"'{root}': identity {below}: expected -1 (junk), 0 (a distractor) or a number above.")
+    data = ReidData(layout, root)
+    if any(read_number(name) is None for name in pids):
+        data.names = {number: unicodedata.normalize('NFC', name) for name, number in pids.items()}
+    for path, pid, camid, split in rows:
+        if pids[pid] != JUNK:
+            getattr(data, split).append(ReidImage(path, pids[pid], camids[camid]))
+        elif split != 'extra':
+            data.junk += 1
+    return data
 
 
-def _named(folder: Path) -> tuple[list[ReidImage], int]:
-    """Images whose names begin with identity and camera, without junk, and the number of junk."""
-    found, junk = [], 0
+def _named(folder: Path, split: str) -> list[tuple[Path, str, str, str]]:
+    """Rows of images whose names begin with identity and camera."""
+    rows = []
     for path in image_files(folder):
-        match = re.match(r'(-1|\d+)_c(\d+)', path.name)
+        match = re.match(r'(-1|\d{1,18})_c(\d{1,18})(?!\d)', path.name)
         if match is None:
             raise ValueError(f"'{path}': its name does not begin with identity and camera, such as 0002_c1.")
-        if int(match[1]) == JUNK:
-            junk += 1
-        else:
-            found.append(ReidImage(path, int(match[1]), int(match[2])))
-    return found, junk
+        rows.append((path, match[1], match[2], split))
+    return rows
 
 
-def _market1501(root: Path) -> ReidData:
+def _market1501(root: Path, layout: str = 'market1501') -> ReidData:
     """`bounding_box_train`, `query`, `bounding_box_test`, and `gt_bbox` where it is there."""
-    data = ReidData('market1501', root)
-    data.train, junk = _named(root / 'bounding_box_train')
-    data.query, more = _named(root / 'query')
-    data.gallery, most = _named(root / 'bounding_box_test')
-    data.junk = junk + more + most
+    rows = []
+    for folder, split in (('bounding_box_train', 'train'), ('query', 'query'), ('bounding_box_test', 'gallery')):
+        rows += _named(root / folder, split)
     if (root / 'gt_bbox').is_dir():
-        asked = {(image.pid, image.camid) for image in data.query}
-        data.extra = [image for image in _named(root / 'gt_bbox')[0] if (image.pid, image.camid) in asked]
+        rows += _named(root / 'gt_bbox', 'extra')
+    data = _numbered(rows, layout, root)
+    asked = {(image.pid, image.camid) for image in data.query}
+    data.extra = [image for image in data.extra if (image.pid, image.camid) in asked]
     return data
 
 
 def _dukemtmc(root: Path) -> ReidData:
-    data = _market1501(root)
-    data.layout = 'dukemtmc'
-    return data
+    return _market1501(root, 'dukemtmc')
 
 
-def _listed(root: Path, folder: str, name: str) -> list[ReidImage]:
-    """Images of one of MSMT17's lists, whose third number is the camera."""
-    found = []
+def _listed(root: Path, folder: str, name: str, split: str) -> list[tuple[Path, str, str, str]]:
+    """Rows of one of MSMT17's lists, whose third number is the camera."""
+    rows = []
     for number, line in enumerate((root / name).read_text(encoding='utf-8').splitlines(), 1):
         relative, _, pid = line.strip().rpartition(' ')
         parts = Path(relative).name.split('_')
-        if not relative or not pid.isdigit() or len(parts) < 3 or not parts[2].isdigit():
+        if not relative or len(parts) < 3 or not all(re.fullmatch(r'\d{1,18}', text) for text in (pid, parts[2])):
             raise ValueError(f"'{root / name}', line {number}: expected a file with its camera and an identity.")
-        found.append(ReidImage(_inside(root, f'{folder}/{relative}', f"'{root / name}', line {number}"),
-                               int(pid), int(parts[2])))
-    return found
+        path = _inside(root, f'{folder}/{relative}', f"'{root / name}', line {number}")
+        rows.append((path, pid, parts[2], split))
+    return rows
 
 
 def _msmt17(root: Path) -> ReidData:
     """Lists of its first or second version; the validation list is trained on too, and the test begins behind it."""
-    data = ReidData('msmt17', root)
     masked = (root / 'mask_train_v2').is_dir()
     train, test = ('mask_train_v2', 'mask_test_v2') if masked else ('train', 'test')
     for name in ('list_train.txt', 'list_query.txt', 'list_gallery.txt'):
         if not (root / name).is_file():
             raise FileNotFoundError(f"'{root / name}' is missing.")
-    data.train = _listed(root, train, 'list_train.txt')
+    learnt = _listed(root, train, 'list_train.txt', 'train')
     if (root / 'list_val.txt').is_file():
-        data.train += _listed(root, train, 'list_val.txt')
+        learnt += _listed(root, train, 'list_val.txt', 'train')
+    data = _numbered(learnt, 'msmt17', root)
     # identities of the test begin at 0 again, and 0 is a person there
     offset = 1 + max((image.pid for image in data.train), default=0)
+    tested = [row for split in ('query', 'gallery') for row in _listed(root, test, f'list_{split}.txt', split)]
+    check_spelling((row[2] for row in (*learnt, *tested)), 'camera', root)
+    found = _numbered(tested, 'msmt17', root)
     for split in ('query', 'gallery'):
-        images = _listed(root, test, f'list_{split}.txt')
+        images = getattr(found, split)
         setattr(data, split, [ReidImage(image.path, image.pid + offset, image.camid) for image in images])
+    data.names |= {pid + offset: str(pid) for pid in found.identities('query') + found.identities('gallery')}
     return data
 
 
 def _inside(root: Path, name: str, where: str) -> Path:
+    """A path that a table or a list names; links in the folder may lead out of it, names may not."""
     path = Path(os.path.normpath(root / name))
-    try:
-        inside = path.resolve().is_relative_to(root.resolve())
-    except ValueError as error:
-        raise ValueError(f'{where}: {name!r} is no path ({error}).') from error
-    if not inside:
+    if '\0' in name:
+        raise ValueError(f'{where}: {name!r} is no path.')
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
         raise ValueError(f"{where}: '{name}' is outside of '{root}'.")
     return path
 
 
-def _number(name: str) -> int | None:
-    """A number as it stands in a table, which some write as 7.0; None for a name."""
-    match = re.fullmatch(r'(-?\d{1,18})(?:\.0*)?', name)
-    return None if match is None else int(match[1])
-
-
-def _numbered(rows: Iterable[tuple[Path, str, str, str]], layout: str, root: Path) -> ReidData:
-    """A data set of rows with identities and cameras by any names.
-
-    Numbers keep their meaning where all are numbers; among names, of identities -1 and 0 alone do.
-    """
-    rows = list(rows)
-
-    def numbers(names: set[str], first: int, reserved: tuple[int, ...] = ()) -> dict[str, int]:
-        read = {name: _number(name) for name in names}
-        if all(number is not None for number in read.values()):
-            return {name: number for name, number in read.items() if number is not None}
-        known = {name: number for name, number in read.items() if number in reserved and number is not None}
-        others = sorted(names - known.keys())
-        return {**known, **{name: number for number, name in enumerate(others, first)}}
-
-    pids = numbers({row[1] for row in rows}, 1, (JUNK, DISTRACTOR))
-    camids = numbers({row[2] for row in rows}, 0)
-    data = ReidData(layout, root)
-    for path, pid, camid, split in rows:
-        if pids[pid] < 0:
-            data.junk += 1
-        else:
-            getattr(data, split).append(ReidImage(path, pids[pid], camids[camid]))
-    return data
-
-
 def _csv(root: Path) -> ReidData:
     """A table `*.csv` with the columns path (relative to its folder), pid, camid and split."""
-    tables = [root] if root.is_file() else sorted(root.glob('*.csv'))
+    tables = [root] if root.is_file() else [path for path in sorted(root.glob('*.csv')) if path.is_file()]
     if len(tables) != 1:
         raise FileNotFoundError(f"'{root}' has {len(tables)} tables (*.csv), expected one.")
     try:
@@ -208,9 +191,11 @@ def _csv(root: Path) -> ReidData:
     folder, rows = tables[0].parent, []
     with StringIO(text, newline='') as file:
         reader = csv.DictReader(file)
-        missing = [name for name in ('path', 'pid', 'camid', 'split') if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"'{tables[0]}' has no column '{missing[0]}': it needs path, pid, camid and split.")
+        columns = list(reader.fieldnames or ())
+        wrong = [name for name in ('path', 'pid', 'camid', 'split') if columns.count(name) != 1]
+        if wrong:
+            number = 'two columns' if wrong[0] in columns else 'no column'
+            raise ValueError(f"'{tables[0]}' has {number} '{wrong[0]}': it needs path, pid, camid and split.")
         for row in reader:
             where = f"'{tables[0]}', line {reader.line_num}"
             values = [(row[name] or '').strip() for name in ('path', 'pid', 'camid', 'split')]
@@ -227,15 +212,40 @@ def _folders(root: Path) -> ReidData:
     """`SPLIT/IDENTITY/CAMERA/*.jpg`."""
     rows = []
     for split in SPLITS:
-        if not (root / split).is_dir():
-            raise FileNotFoundError(f"'{root / split}' is missing.")
-        for path in image_files(root / split, deep=True):
-            parts = path.relative_to(root / split).parts
-            if len(parts) != 3:
-                raise ValueError(
-                    f"'{path}' lies in no folder of an identity and a camera: expected {split}/IDENTITY/CAMERA/IMAGE.")
-            rows.append((path, parts[0], parts[1], split))
+        top = root / split
+        for path in image_files(top, deep=True):
+            if len(path.relative_to(top).parts) == 3:
+                continue
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"'{path}' is a link that leads nowhere.")
+            raise ValueError(
+                f"'{path}' lies in no folder of an identity and a camera: expected {split}/IDENTITY/CAMERA/IMAGE.")
+        # once more by folders, since links to one folder are two names of it
+        for identity in folders_in(top):
+            for camera in folders_in(identity):
+                rows += [(path, identity.name, camera.name, split) for path in sorted(camera.iterdir())
+                         if is_image(path)]
     return _numbered(rows, 'folders', root)
+
+
+def _one_path_a_file(data: ReidData) -> None:
+    """Give images of one file, by links, one path, and count it once in a split.
+
+    Raises:
+        ValueError: A file has two identities or two cameras.
+    """
+    known: dict[Hashable, ReidImage] = {}
+    for split in (*SPLITS, 'extra'):
+        kept: dict[Path, ReidImage] = {}
+        for image in getattr(data, split):
+            first = known.setdefault(file_key(image.path), image)
+            for name, numbers in (('identity', (first.pid, image.pid)), ('camera', (first.camid, image.camid))):
+                if numbers[0] != numbers[1]:
+                    raise ValueError(f"'{first.path}' and '{image.path}' are one file, of one {name}: got two.")
+            if first.path in kept:
+                data.repeated.append(image.path)
+            kept[first.path] = first
+        setattr(data, split, list(kept.values()))
 
 
 LAYOUTS: dict[str, Callable[[Path], ReidData]] = {
@@ -248,7 +258,7 @@ def _guess(root: Path) -> str:
     if root.is_file():
         return 'csv'
     if (root / 'bounding_box_train').is_dir():
-        first = next((path.name for path in image_files(root / 'bounding_box_train')), '')
+        first = min((path.name for path in (root / 'bounding_box_train').iterdir() if is_image(path)), default='')
         return 'dukemtmc' if re.match(r'\d+_c\d+_f', first) else 'market1501'
     if (root / 'list_train.txt').is_file():
         return 'msmt17'
@@ -268,12 +278,13 @@ def open_reid(root: str | Path, layout: str = '') -> ReidData:
             (`SPLIT/IDENTITY/CAMERA/IMAGE`); empty looks what it is.
 
     Returns:
-        Images of the splits; those of identity -1 (junk) are left out. `notes` tells where counts are not the published
-        ones.
+        Images of the splits, each file once in a split; those of identity -1 (junk) are left out. Files that are one by
+        links have one path. `notes` tells where counts are not the published ones.
 
     Raises:
         FileNotFoundError: The folder, or something in it, is missing.
-        ValueError: No such layout; a name, a row or a path that is not of it; a split without images.
+        ValueError: No such layout; a name, a row or a path that is not of it; a number that is written in two ways,
+            such as 7 and 007; a file of two identities or cameras; a split without images.
     """
     root = Path(root)
     if layout and layout not in LAYOUTS:
@@ -282,6 +293,7 @@ def open_reid(root: str | Path, layout: str = '') -> ReidData:
         raise FileNotFoundError(f"No folder '{root}'.")
     guessed = not layout
     data = LAYOUTS[layout or _guess(root)](root)
+    _one_path_a_file(data)
     for split in SPLITS:
         if not getattr(data, split):
             raise ValueError(f"'{root}': the split '{split}' has no image.")

@@ -1,6 +1,6 @@
 """Looking for images like a query in a folder of one's own, without identities"""
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from timm.data import resolve_model_data_config
 
 from dreal_timm.hub import read_network
 from dreal_timm.reid.evaluation import extract_features, feature_loader
+from dreal_timm.reid.files import file_key, image_files
 from dreal_timm.reid.images import check_images, why_broken
-from dreal_timm.reid.layouts import ReidImage, image_files
+from dreal_timm.reid.layouts import ReidImage
 from dreal_timm.reid.metrics import distance_blocks
 from dreal_timm.reid.pictures import Ranking
 
@@ -25,7 +26,14 @@ def _found(places: Sequence[str | Path], what: str) -> list[Path]:
     for place in map(Path, places):
         if not place.exists():
             raise FileNotFoundError(f"{what}: no file or folder '{place}'.")
-        paths += image_files(place, deep=True) if place.is_dir() else [place]
+        if not place.is_dir():
+            paths.append(place)
+            continue
+        # a file that has several paths by links counts once, by one that is no link where there is one
+        once: dict[Hashable, Path] = {}
+        for path in sorted(image_files(place, deep=True), key=lambda path: path.is_symlink()):
+            once.setdefault(file_key(path), path)
+        paths += sorted(once.values())
     if not paths:
         raise FileNotFoundError(f"{what}: no image in {', '.join(map(str, places))}.")
     return paths

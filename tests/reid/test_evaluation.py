@@ -362,3 +362,22 @@ def test_a_network_measured_elsewhere(crowd, people, exported, tmp_path, capsys)
     options = ['--format', 'torch-export', '--data', str(crowd)]
     assert main(['export', str(exported), str(tmp_path / 'other'), *options]) == 0
     assert 'images' in capsys.readouterr().out
+
+
+def test_search_in_a_linked_album(crowd, exported, tmp_path, caplog):
+    """Links to folders are searched, one that goes round ends, and an image with several paths is found once."""
+    album = tmp_path / 'album'
+    album.mkdir()
+    (album / 'linked').symlink_to(crowd / 'bounding_box_test')
+    (album / 'alias').symlink_to(crowd / 'bounding_box_test')
+    (album / 'round').symlink_to('.')
+    (album / 'up').symlink_to('..')
+    first, *_, last = sorted((crowd / 'bounding_box_test').iterdir())
+    (album / 'one.png').symlink_to(first)
+    (tmp_path / 'query.png').write_bytes(last.read_bytes())
+    (album / 'gone.png').symlink_to(tmp_path / 'lost.png')
+    found = search(exported, [tmp_path / 'query.png'], album, top=1000, workers=0)[0].found
+    expected = sorted(path.name for path in (crowd / 'bounding_box_test').iterdir())
+    assert sorted(path.resolve().name for path in found) == expected
+    assert found[0].name == last.name
+    assert 'gone.png' in caplog.text

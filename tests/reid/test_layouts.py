@@ -302,3 +302,99 @@ def test_wrong_numbers_of_the_check(tmp_path, capsys):
     for option in ('--workers', '--images'):
         assert main(['reid', 'check', str(tmp_path), option, '0']) == 2
         assert f'{option}: expected 1 or more' in capsys.readouterr().err
+
+
+def named_folders(root, names, split='train'):
+    for number, name in enumerate(names):
+        save(root / split / name / 'c1' / f'{number}.png', 1, 1, number)
+
+
+def spelled(tmp_path, layout, first, second, column):
+    """A data set of a layout whose training split has an identity or a camera written in two ways."""
+    other, camera = ('1', 'c01') if layout == 'msmt17' else ('0001', 'c1')
+    texts = [(first, camera), (second, camera)] if column == 'pid' else [(other, first), (other, second)]
+    if layout == 'folders':
+        for number, (pid, camera) in enumerate(texts):
+            save(tmp_path / 'train' / pid / camera / f'{number}.png', 1, 1, number)
+        for split in ('query', 'gallery'):
+            named_folders(tmp_path, ['5'], split)
+        return tmp_path
+    if layout == 'csv':
+        lines = [f'{pid}_{camera}_{number}.png,{pid},{camera},train' for number, (pid, camera) in enumerate(texts)]
+        (tmp_path / 'images.csv').write_text('\n'.join(
+            ['path,pid,camid,split', *lines, 'q.png,5,c1,query', 'g.png,5,c1,gallery']))
+        return tmp_path
+    texts = [(pid, camera.removeprefix('c')) for pid, camera in texts]
+    if layout == 'msmt17':
+        msmt(tmp_path)
+        with (tmp_path / 'list_train.txt').open('a') as file:
+            file.writelines(f'new/{pid}_{i}_{camera}_x.jpg {pid}\n' for i, (pid, camera) in enumerate(texts))
+        return tmp_path
+    market(tmp_path)
+    for number, (pid, camera) in enumerate(texts):
+        save(tmp_path / 'bounding_box_train' / f'{pid}_c{camera}s1_{number}.jpg', 1, 1, number)
+    return tmp_path
+
+
+@pytest.mark.parametrize('layout', list(layouts.LAYOUTS))
+@pytest.mark.parametrize(('first', 'second', 'same'), [
+    ('0007777', '7777', True), ('7777', '7778', False), ('0088', '88', True),
+])
+@pytest.mark.parametrize('column', ['pid', 'camid'])
+def test_numbers_that_are_written_in_two_ways(tmp_path, layout, first, second, same, column):
+    """007 and 7 do not silently become one person or one camera, in no layout; other numbers are two."""
+    root = spelled(tmp_path, layout, first, second, column)
+    if same:
+        with pytest.raises(ValueError, match=f"'{first}' is also written '{second}'"):
+            open_reid(root, layout)
+    else:
+        images = [image for image in open_reid(root, layout).train if '777' in str(image.path.relative_to(root))]
+        assert len({image.pid if column == 'pid' else image.camid for image in images}) == len(images) == 2
+
+
+@pytest.mark.parametrize('names', [
+    ('7', '7.0'), ('anna', '007', '7'), ('Zo\u00e9', 'Zoe\u0301'), ('9' * 20, '0' + '9' * 20), ('anna', '0', '00'),
+])
+def test_other_ways_of_writing(tmp_path, names):
+    """Numbers with a point, numbers among names, beyond an integer, and accents in two encodings."""
+    named_folders(tmp_path, names)
+    for split in ('query', 'gallery'):
+        named_folders(tmp_path, ['b'], split)
+    with pytest.raises(ValueError, match='is also written'):
+        open_reid(tmp_path)
+
+
+def test_identity_names(tmp_path):
+    """Names tell which label is whom: numbers whatever their zeros, names also where others shift their numbers."""
+    assert open_reid(market(tmp_path / 'market')).identity_names() == ['2', '7', '10']
+    assert open_reid(msmt(tmp_path / 'msmt')).identity_names() == ['0', '1']
+    assert open_reid(msmt(tmp_path / 'msmt')).identity_names('gallery') == ['0', '1']
+    root = tmp_path / 'folders'
+    named_folders(root, ['zoe', 'bert', '7'])
+    for split in ('query', 'gallery'):
+        named_folders(root, ['carl'], split)
+    data = open_reid(root)
+    labels = {pid: label for label, pid in enumerate(data.identities())}
+    names = data.identity_names()
+    assert names == ['7', 'bert', 'zoe']
+    assert all(names[labels[image.pid]] == image.path.parts[-3] for image in data.train)
+    before = data.identities()
+    named_folders(root, ['anna'], 'gallery')
+    assert open_reid(root).identity_names() == names
+    assert open_reid(root).identities() != before
+    (root / 'train' / 'bert').rename(root / 'train' / 'yves')
+    assert open_reid(root).identity_names() == ['7', 'yves', 'zoe']
+
+
+def test_identities_below_junk(tmp_path):
+    """An identity of -2 is no junk without a word."""
+    table(tmp_path, more=[('train/2_1_0.png', -2, 1, 'train')])
+    with pytest.raises(ValueError, match='identity -2'):
+        open_reid(tmp_path)
+
+
+def test_two_columns_of_one_name(tmp_path):
+    """A table with two columns pid does not take one of them."""
+    (tmp_path / 'images.csv').write_text('path,pid,camid,split,pid\na.png,1,1,train,2\n')
+    with pytest.raises(ValueError, match="two columns 'pid'"):
+        open_reid(tmp_path)
