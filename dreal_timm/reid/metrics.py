@@ -7,7 +7,7 @@ scikit-learn and most Python evaluators; the benchmark's first script integrates
 numbers in the second decimal. Images at equal distance stand in the order of the gallery, as a stable sort leaves
 them. mINP is that of `Deep Learning for Person Re-identification: A Survey and Outlook` (TPAMI 2021).
 
-Shapes: Q queries, G images of the gallery, B queries of a block, M the most right answers of a query, C features.
+Shapes: Q queries, G images of the gallery, B queries of a block, M the most images of a query's identity, C features.
 """
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ __all__ = [
 METRICS = ('cosine', 'euclidean')
 CAMERA_RULES = ('exclude', 'ignore')
 _BLOCK = 8_000_000  # distances of a block
+_MANY = 1_000  # images of one identity, from which on a sort takes no longer than counting between them
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,6 @@ class Retrieval:
         return {**found, 'queries': count, 'skipped': len(valid) - count}
 
 
-def _same_identity(query_pids: torch.Tensor, gallery_pids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices into the gallery of each query's identity, ascending, (Q, M), and which of them are meant, (Q, M)."""
-    ordered, order = gallery_pids.sort(stable=True)
-    query_pids = query_pids.contiguous()
-    low = torch.searchsorted(ordered, query_pids)
-    count = torch.searchsorted(ordered, query_pids, right=True) - low
-    steps = torch.arange(int(count.max()) if len(count) else 0, device=order.device)
-    meant = steps < count[:, None]
-    return order[(low[:, None] + steps).clamp(max=len(order) - 1)], meant
-
-
 def rank_matches(
         distances: torch.Tensor,
         index: torch.Tensor,
@@ -71,7 +61,8 @@ def rank_matches(
 ) -> torch.Tensor:
     """Return the ranks of the right answers, ascending, from 1; 0 where a query has fewer.
 
-    Nothing is sorted but the right answers: distances are counted into the intervals between them.
+    Nothing is sorted but the right answers: distances are counted into the intervals between them. Where there are
+    ties, or so many answers that it would take longer, a query's distances are sorted.
 
     Args:
         distances: Of each query to each image, (B, G); changed in place.
@@ -81,6 +72,25 @@ def rank_matches(
     """
     rows = torch.arange(len(distances), device=distances.device)[:, None].expand_as(index)
     distances[rows[ignored], index[ignored]] = torch.inf
+    if index.shape[1] <= _MANY:
+        ranks, tied = _counted(distances, index, match)
+    else:
+        ranks, tied = torch.zeros_like(index), match.any(1)
+    for row in tied.nonzero()[:, 0].tolist():
+        places = index.new_empty(distances.shape[1])
+        order = distances[row].sort(stable=True).indices
+        places[order] = torch.arange(1, len(order) + 1, device=order.device)
+        found = places[index[row][match[row]]].sort().values
+        ranks[row, :len(found)] = found
+    return ranks
+
+
+def _counted(
+        distances: torch.Tensor,
+        index: torch.Tensor,
+        match: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks of the right answers, (B, M), and whether a query has ties, (B,), so that they are not known yet."""
     ends = distances.gather(1, index).masked_fill_(~match, torch.inf).sort(dim=1, stable=True).values
     # intervals: below an end, at it, up to the next one
     edges = torch.stack([ends, torch.nextafter(ends, torch.full_like(ends, torch.inf))], dim=2).flatten(1)
@@ -90,16 +100,9 @@ def rank_matches(
     counts = torch.bincount(where.flatten(), minlength=len(distances) * width).view(len(distances), width)
     below = counts.cumsum(1)[:, :-1:2]
     present = torch.arange(index.shape[1], device=index.device) < match.sum(1, keepdim=True)
-    ranks = (below + 1).masked_fill_(~present, 0)
     tied = ((counts[:, 1::2] != 1) & present).any(1)
     tied[(ends[:, 1:] == ends[:, :-1]).logical_and_(present[:, 1:]).any(1)] = True
-    for row in tied.nonzero()[:, 0].tolist():
-        places = index.new_empty(distances.shape[1])
-        order = distances[row].sort(stable=True).indices
-        places[order] = torch.arange(1, len(order) + 1, device=order.device)
-        found = places[index[row][match[row]]].sort().values
-        ranks[row, :len(found)] = found
-    return ranks
+    return (below + 1).masked_fill_(~present, 0), tied
 
 
 def score(
@@ -130,29 +133,40 @@ def score(
         raise ValueError('Images of identity -1 are junk, which is dropped before the ranking.')
     if not len(gallery_pids):
         raise ValueError('The gallery is empty.')
-    index, meant = _same_identity(query_pids, gallery_pids)
-    meant &= query_pids[:, None] != 0  # a distractor is an answer to nothing
-    ignored = meant & (gallery_camids[index] == query_camids[:, None])
-    if camera_rule == 'ignore':
-        ignored = torch.zeros_like(meant)
-    match = meant & ~ignored
-    found, start = [], 0
+    ordered, order = gallery_pids.sort(stable=True)
+    wanted = query_pids.contiguous()
+    low = torch.searchsorted(ordered, wanted)
+    count = torch.searchsorted(ordered, wanted, right=True) - low
+    few = torch.arange(min(int(count.max()), _MANY) if len(count) else 0, device=order.device)
+    found, places, start = [_summed_up(few.new_zeros(0, len(few)))], [few[:0]], 0
     for block in blocks:
-        rows = slice(start, start + len(block))
-        start += len(block)
-        if start > len(query_pids) or block.shape[1] != len(gallery_pids):
+        rows = torch.arange(start, start + len(block), device=order.device)
+        if start + len(block) > len(query_pids) or block.shape[1] != len(gallery_pids):
             raise ValueError(f'Distances are not those of {len(query_pids)} queries to {len(gallery_pids)} images.')
         if not block.isfinite().all():
             raise ValueError('A distance is not finite: the network gives features that are not numbers.')
-        found.append(rank_matches(block, index[rows], match[rows], ignored[rows]))
+        many = count[rows] > _MANY  # each for itself, so that memory does not go with them
+        for some in (rows[~many], *rows[many].split(1)):
+            most = int(count[some].max()) if len(some) else 0
+            steps = few if most <= _MANY else torch.arange(most, device=order.device)
+            meant = (steps < count[some][:, None]) & (wanted[some][:, None] != 0)  # a distractor answers nothing
+            index = order[(low[some][:, None] + steps).clamp(max=len(order) - 1)]
+            ignored = meant & (gallery_camids[index] == query_camids[some][:, None])
+            if camera_rule == 'ignore':
+                ignored = torch.zeros_like(meant)
+            distances = block if len(some) == len(block) else block[some - start]
+            found.append(_summed_up(rank_matches(distances, index, meant & ~ignored, ignored)))
+            places.append(some)
+        start += len(block)
     if start != len(query_pids):
         raise ValueError(f'Distances are those of {start} queries, and there are {len(query_pids)}.')
-    ranks = torch.cat(found) if found else index.new_zeros(0, 0)
-    return _summed_up(ranks)
+    sorting = torch.cat(places).argsort()
+    return Retrieval(*(torch.cat(values)[sorting] for values in zip(*(
+        (part.first, part.average_precision, part.inverse_penalty) for part in found), strict=True)))
 
 
 def _summed_up(ranks: torch.Tensor) -> Retrieval:
-    """Metrics of ascending ranks of right answers, (Q, M), 0 where there are no more."""
+    """Metrics of ascending ranks of right answers, (B, M), 0 where there are no more."""
     present = ranks > 0
     count = present.sum(1)
     nth = torch.arange(1, ranks.shape[1] + 1, device=ranks.device, dtype=torch.float64)
@@ -162,7 +176,7 @@ def _summed_up(ranks: torch.Tensor) -> Retrieval:
         return Retrieval(count, nothing, nothing.clone())
     last = ranks.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0].clamp(min=1)
     return Retrieval(
-        first=ranks[:, 0],
+        first=ranks[:, 0].clone(),  # a view would keep all ranks
         average_precision=torch.where(count > 0, precision.sum(1) / count.clamp(min=1), nothing),
         inverse_penalty=torch.where(count > 0, count.double() / last, nothing),
     )

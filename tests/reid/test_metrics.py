@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 from reid.textbook import textbook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dreal_timm.reid import metrics
 from dreal_timm.reid.metrics import Retrieval, distance_blocks, pool_queries, retrieve, score
@@ -43,6 +45,50 @@ def test_textbook(seed, ties, cameras, rule, dtype):
     check(score(iter(data[0].clone().split(7)), *data[1:], rule), expected)
     assert any(first == 0 for first, *_ in expected)
     assert any(first > 0 for first, *_ in expected) == (rule == 'ignore' or cameras > 1)
+
+
+@pytest.mark.parametrize('rule', metrics.CAMERA_RULES)
+@pytest.mark.parametrize('ties', [False, True])
+def test_identities_of_many_images(rule, ties, monkeypatch):
+    """Queries whose identity has too many images to count between them are sorted: the same numbers, in their order."""
+    for seed in range(4):
+        data = case(seed, gallery=200, identities=12, ties=ties)
+        expected = score(iter(data[0].clone().split(7)), *data[1:], rule)
+        check(expected, textbook(*data, camera_rule=rule))
+        sizes = torch.bincount(data[2], minlength=14)[data[1]]
+        for many in (0, int(sizes.median()), int(sizes.max()) - 1):
+            monkeypatch.setattr(metrics, '_MANY', many)
+            found = score(iter(data[0].clone().split(7)), *data[1:], rule)
+            assert torch.equal(found.first, expected.first)
+            torch.testing.assert_close(
+                found.average_precision, expected.average_precision, rtol=0, atol=1e-15, equal_nan=True)
+            assert torch.equal(found.inverse_penalty.nan_to_num(), expected.inverse_penalty.nan_to_num())
+        monkeypatch.undo()
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that an operation returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves(found) if isinstance(value, torch.Tensor)]
+        self.numbers = max([self.numbers, *(value.untyped_storage().nbytes() for value in tensors)])
+        return found
+
+
+def test_memory_of_an_identity_of_many_images():
+    """No tensor grows with queries x images of an identity: it is the block of distances that sets the size."""
+    queries, gallery, block = 400, 3_000, 10
+    pids = torch.ones(queries, dtype=torch.int64), torch.ones(gallery, dtype=torch.int64)
+    camids = torch.zeros(queries, dtype=torch.int64), torch.arange(gallery) % 3
+    generator = torch.Generator().manual_seed(0)
+    blocks = (torch.rand(block, gallery, generator=generator) for _ in range(queries // block))
+    with Largest() as largest:
+        found = score(blocks, *pids, *camids)
+    assert found.summary()['mAP'] == 100.0  # by hand: all that is left is right
+    assert largest.numbers <= 2 * 8 * block * gallery
 
 
 def test_one_camera_has_no_answer():
