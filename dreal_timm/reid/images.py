@@ -1,4 +1,6 @@
 """Images of re-identification for a loader of torch or timm"""
+import os
+import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -8,6 +10,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
+from dreal_timm.data.images import read_image
 from dreal_timm.reid.layouts import ReidImage
 
 __all__ = ['SMALLEST', 'ReidSet', 'check_images', 'why_broken']
@@ -39,10 +42,9 @@ class ReidSet(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path = self.images[index].path
         try:
-            with Image.open(path) as opened:
-                image = opened.convert(self.mode)
-        except Exception as error:  # PIL raises of all kinds for a broken file
-            raise ValueError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from None
+            image = read_image(path, self.mode)
+        except OSError as error:
+            raise ValueError(str(error)) from None
         return image if self.transform is None else self.transform(image), self.labels[index]
 
 
@@ -54,14 +56,20 @@ def why_broken(path: Path, whole: bool = True) -> str:
         whole: Whether all of it is read, or its header alone.
     """
     try:
-        with Image.open(path) as image:
-            if whole:
-                image.load()
-            if min(image.size) < SMALLEST:
-                return f'is {image.width} x {image.height} pixels'
+        if whole:
+            width, height = read_image(path, 'RGB').size
+        elif not stat.S_ISREG(os.stat(path).st_mode):
+            return 'cannot be read: not a regular file'  # opening a pipe would wait for ever
+        else:
+            with Image.open(path) as image:
+                width, height = image.size
+    except MemoryError:
+        raise
     except Exception as error:  # PIL raises of all kinds for a broken file
-        return f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
-    return ''
+        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+        reason = reason.removeprefix(f"'{path}' ") if whole else f'cannot be read: {reason}'
+        return ' '.join(reason.split()).rstrip('.')
+    return f'is {width} x {height} pixels' if min(width, height) < SMALLEST else ''
 
 
 def check_images(images: Sequence[ReidImage], whole: bool = False, workers: int = 4) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from dreal_timm.reid.layouts import ReidData, ReidImage, origin
+from dreal_timm.data.images import read_image
+from dreal_timm.reid.layouts import DISTRACTOR, ReidData, ReidImage, origin
 from dreal_timm.reid.metrics import distance_blocks
 from dreal_timm.reid.reranking import rerank
 
@@ -80,7 +81,7 @@ def rank_queries(
                 break
         lists.append(Ranking(
             asked.path, [image.path for image, _ in found], [distance for _, distance in found],
-            [image.pid == asked.pid for image, _ in found]))
+            [image.pid == asked.pid != DISTRACTOR for image, _ in found]))
     return lists
 
 
@@ -92,8 +93,7 @@ def check_kind(path: str | Path) -> None:
 
 def _tile(path: Path, colour: tuple[int, int, int], crossed: bool, width: int) -> Image.Image:
     """An image in a frame; one that is wrong has a cross in its corner too, for those who see no red."""
-    with Image.open(path) as opened:
-        image = opened.convert('RGB').resize((width, _HEIGHT), Image.Resampling.BICUBIC)
+    image = read_image(path, 'RGB').resize((width, _HEIGHT), Image.Resampling.BICUBIC)
     tile = Image.new('RGB', (width + 2 * _BORDER, _HEIGHT + 2 * _BORDER), colour)
     tile.paste(image, (_BORDER, _BORDER))
     if crossed:

@@ -381,3 +381,12 @@ def test_search_in_a_linked_album(crowd, exported, tmp_path, caplog):
     assert sorted(path.resolve().name for path in found) == expected
     assert found[0].name == last.name
     assert 'gone.png' in caplog.text
+
+
+def test_a_distractor_answers_no_distractor(tmp_path):
+    """A query of identity 0 has no right answer in its list, as it has none in the numbers."""
+    data = open_reid(market(tmp_path, {
+        'bounding_box_train': [(5, 1, 1)], 'query': [(0, 1, 1), (3, 1, 1)], 'bounding_box_test': [(0, 2, 2), (3, 2, 1)]}))
+    torch.manual_seed(0)
+    lists = rank_queries(torch.randn(2, 4), torch.randn(3, 4), data, [0, 1])
+    assert [sum(ranking.right) for ranking in lists] == [0, 1]
