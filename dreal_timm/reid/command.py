@@ -7,7 +7,7 @@ from typing import Any
 
 from dreal_timm.hub import read_network
 from dreal_timm.reid.checking import check_reid
-from dreal_timm.reid.evaluation import evaluate_network, open_checked, told_of
+from dreal_timm.reid.evaluation import check_reranked, evaluate_network, open_checked, told_of
 from dreal_timm.reid.layouts import LAYOUTS, open_reid
 from dreal_timm.reid.metrics import CAMERA_RULES, METRICS
 from dreal_timm.reid.pictures import check_kind, draw_rankings, rank_queries
@@ -61,14 +61,19 @@ def _eval(args: argparse.Namespace) -> None:
         raise ValueError('--picture: a query that is pooled from several images is no image, leave out --multi-query.')
     if args.picture and args.picture == args.results:
         raise ValueError('--picture and --results: two files need two names.')
+    given = {name: getattr(args, name) for name in ('k1', 'k2', 'weight') if getattr(args, name) is not None}
+    if given and not args.rerank:
+        raise ValueError('--k1, --k2 and --lambda go with --rerank.')
     opened = [open_checked(place, args.layout, args.camera_rule) for place in args.data]  # before any work
+    for data in opened if args.rerank else ():
+        check_reranked(data, args.multi_query, **given)
+    ranking = {'metric': args.metric, 'camera_rule': args.camera_rule, 'reranked': args.rerank, **given}
     network = read_network(args.model)
     told: list[dict[str, Any]] = []
     for place, data in zip(args.data, opened, strict=True):
         results, query, gallery = evaluate_network(
-            network, data, metric=args.metric, camera_rule=args.camera_rule, flip=not args.no_flip,
-            reranked=args.rerank, multi_query=args.multi_query, batch_size=args.batch_size, workers=args.workers,
-            device=args.device)
+            network, data, flip=not args.no_flip, multi_query=args.multi_query, batch_size=args.batch_size,
+            workers=args.workers, device=args.device, **ranking)
         told.append(told_of(args.model, place, results))
         if not args.json:
             width = max(len('data'), *(len(str(other)) for other in args.data))
@@ -81,9 +86,7 @@ def _eval(args: argparse.Namespace) -> None:
     if args.picture:
         count = min(args.lists, len(data.query))
         numbers = [i * len(data.query) // count for i in range(count)]
-        draw_rankings(rank_queries(
-            query, gallery, data, numbers, metric=args.metric, camera_rule=args.camera_rule, reranked=args.rerank,
-        ), args.picture)
+        draw_rankings(rank_queries(query, gallery, data, numbers, **ranking), args.picture)
 
 
 def _table(name: str, found: Mapping[str, Any], width: int, head: bool) -> list[str]:
@@ -141,7 +144,11 @@ def add_commands(reid: argparse.ArgumentParser) -> None:
     evaluate.add_argument('--layout', choices=tuple(LAYOUTS), default='', help='what they are (looks what they are)')
     evaluate.add_argument(
         '--camera-rule', choices=CAMERA_RULES, default='exclude', help="answers of the query's own camera (exclude)")
-    evaluate.add_argument('--rerank', action='store_true', help='k-reciprocal re-ranking (k1 20, k2 6, weight 0.3)')
+    evaluate.add_argument('--rerank', action='store_true', help='k-reciprocal re-ranking')
+    evaluate.add_argument('--k1', metavar='N', type=int, help='neighbours that re-ranking compares (20)')
+    evaluate.add_argument('--k2', metavar='N', type=int, help='neighbours that it averages over (6)')
+    evaluate.add_argument(
+        '--lambda', dest='weight', metavar='WEIGHT', type=float, help='weight of the first distance in it (0.3)')
     evaluate.add_argument('--multi-query', action='store_true', help='pool the queries of an identity and a camera')
     evaluate.add_argument('--results', metavar='FILE', default='', help='write the results to a JSON file as well')
     evaluate.add_argument('--lists', metavar='N', type=int, default=8, help='ranked lists of the picture (8)')

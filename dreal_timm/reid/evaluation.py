@@ -19,12 +19,12 @@ from dreal_timm.reid.checking import unanswered
 from dreal_timm.reid.images import ReidSet, check_images
 from dreal_timm.reid.layouts import ReidData, ReidImage, open_reid, origin
 from dreal_timm.reid.metrics import CAMERA_RULES, distance_blocks, pool_queries, score
-from dreal_timm.reid.reranking import rerank
+from dreal_timm.reid.reranking import check_rerank, rerank
 from dreal_timm.version import __version__
 
 __all__ = [
-    'check_answers', 'embed', 'evaluate_features', 'evaluate_network', 'evaluate_reid', 'extract_features',
-    'feature_loader', 'open_checked', 'pooled_queries', 'settings_of', 'told_of',
+    'check_answers', 'check_reranked', 'embed', 'evaluate_features', 'evaluate_network', 'evaluate_reid',
+    'extract_features', 'feature_loader', 'open_checked', 'pooled_queries', 'settings_of', 'told_of',
 ]
 
 _PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
@@ -159,6 +159,9 @@ def evaluate_features(
         reranked: bool = False,
         extra: torch.Tensor | None = None,
         multi_query: bool = False,
+        k1: int = 20,
+        k2: int = 6,
+        weight: float = 0.3,
 ) -> dict[str, float]:
     """Return 'mAP', 'rank1', 'rank5', 'rank10', 'rank20', 'mINP' (percent), 'queries' and 'skipped'.
 
@@ -171,9 +174,10 @@ def evaluate_features(
         reranked: Whether the ranking is that of k-reciprocal re-ranking by this metric.
         extra: Features of `data.extra`, for multi query.
         multi_query: One query for each identity and camera, see `pooled_queries`.
+        k1, k2, weight: Of re-ranking, see `rerank`.
 
     Raises:
-        ValueError: Unknown metric or rule.
+        ValueError: Unknown metric or rule; too few images for k1.
     """
     gallery_pids = _pids(data.gallery, query.device)
     if camera_rule not in CAMERA_RULES:
@@ -191,9 +195,21 @@ def evaluate_features(
         pids = _pids(data.query, query.device)
         # with 'ignore' it is the query's own file that is left out, as if each file were a camera
         camids, known = _origins(data, data.query, camera_rule, query.device)
-    blocks = rerank(query, gallery, metric=metric) if reranked else distance_blocks(query, gallery, metric)
+    blocks = rerank(query, gallery, k1, k2, weight, metric) if reranked else distance_blocks(query, gallery, metric)
     found = score(blocks, pids, gallery_pids, camids, known).summary()
     return {'mAP': found.pop('mAP'), **found}
+
+
+def check_reranked(
+        data: ReidData,
+        multi_query: bool = False,
+        k1: int = 20,
+        k2: int = 6,
+        weight: float = 0.3,
+) -> None:
+    """Raise a ValueError if a data set cannot be re-ranked by these numbers, see `rerank`."""
+    queries = len({(image.pid, image.camid) for image in data.query}) if multi_query else len(data.query)
+    check_rerank(queries + len(data.gallery), k1, k2, weight)
 
 
 def evaluate_network(
@@ -204,6 +220,9 @@ def evaluate_network(
         flip: bool = True,
         reranked: bool = False,
         multi_query: bool = False,
+        k1: int = 20,
+        k2: int = 6,
+        weight: float = 0.3,
         batch_size: int = 128,
         workers: int = 2,
         device: torch.device | str | None = None,
@@ -221,6 +240,8 @@ def evaluate_network(
     model: Any = network
     asked = data.extra if multi_query else []
     images = [*data.query, *data.gallery, *asked]
+    if reranked:
+        check_reranked(data, multi_query, k1, k2, weight)
     if isinstance(model, ReidNetwork):
         model.reset_classifier(0)  # as it is exported
     digest = weights_digest(model.state_dict())
@@ -230,12 +251,15 @@ def evaluate_network(
     features = extract_features(model.to(where), loader, where, flip)
     query, gallery, extra = features.split([len(data.query), len(data.gallery), len(asked)])
     metrics = evaluate_features(
-        query, gallery, data, metric, camera_rule, reranked, extra if asked else None, multi_query)
+        query, gallery, data, metric, camera_rule, reranked, extra if asked else None, multi_query, k1, k2, weight)
+    if not metrics['queries']:
+        raise ValueError(f"'{data.root}': no image of the gallery answers any of the queries, of which each is pooled.")
     results = {
         'architecture': model.pretrained_cfg['architecture'], 'weights_sha256': digest,
         'dataset': f'reid/{data.layout}', 'split': 'query', 'samples': len(data.query) + len(data.gallery),
         'settings': {
-            'metric': metric, 'camera_rule': camera_rule, 'flip': flip, 'rerank': reranked, 'multi_query': multi_query},
+            'metric': metric, 'camera_rule': camera_rule, 'flip': flip, 'rerank': reranked,
+            **({'k1': k1, 'k2': k2, 'lambda': weight} if reranked else {}), 'multi_query': multi_query},
         **metrics,
         'preprocessing': {key: preprocessing[key] for key in _PREPROCESSING},
         'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__},
@@ -256,9 +280,9 @@ def evaluate_reid(
             'hf-hub:USER/NAME', or the name of a model of timm.
         directory: Folder of the data set, or its table.
         layout: Name of the layout; empty looks what it is.
-        **options: metric, camera_rule, reranked, multi_query: see `evaluate_features`. flip: whether features are
-            means with those of the mirror image (True). batch_size: images a step (128). workers: loader processes
-            (2). device: None takes an accelerator where there is one.
+        **options: metric, camera_rule, reranked, multi_query, k1, k2, weight: see `evaluate_features`. flip: whether
+            features are means with those of the mirror image (True). batch_size: images a step (128). workers: loader
+            processes (2). device: None takes an accelerator where there is one.
 
     Returns:
         Results ('model', 'data', 'architecture', 'weights_sha256', 'dataset', 'split', 'samples', 'settings', the

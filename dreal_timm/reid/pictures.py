@@ -43,6 +43,9 @@ def rank_queries(
         metric: str = 'cosine',
         camera_rule: str = 'exclude',
         reranked: bool = False,
+        k1: int = 20,
+        k2: int = 6,
+        weight: float = 0.3,
 ) -> list[Ranking]:
     """Return the heads of the ranked lists of some queries.
 
@@ -56,12 +59,13 @@ def rank_queries(
         camera_rule: 'exclude' leaves out the gallery's images of the query's identity and camera, 'ignore' the query's
             own file.
         reranked: Whether the lists are those of k-reciprocal re-ranking, which looks at all queries.
+        k1, k2, weight: Of re-ranking, see `rerank`.
     """
     chosen = torch.as_tensor(numbers, device=query.device)
     if reranked:
         rows = torch.empty(len(chosen), len(gallery), device=query.device, dtype=query.dtype)
         start = 0
-        for block in rerank(query, gallery, metric=metric):
+        for block in rerank(query, gallery, k1, k2, weight, metric):
             inside = (chosen >= start) & (chosen < start + len(block))
             rows[inside] = block[chosen[inside] - start]
             start += len(block)

@@ -13,7 +13,7 @@ import torch
 
 from dreal_timm.reid.metrics import distance_blocks
 
-__all__ = ['rerank']
+__all__ = ['check_rerank', 'rerank']
 
 _PAIRS = 8_000_000  # numbers of a block of what is compared or gathered
 
@@ -124,6 +124,18 @@ def _overlaps(
         yield found.view(last - first, gallery)
 
 
+def check_rerank(total: int, k1: int, k2: int, weight: float) -> None:
+    """Raise a ValueError if so many images, queries and gallery, cannot be re-ranked by these numbers."""
+    if k1 < 1 or not 1 <= k2 <= k1 + 1:
+        raise ValueError(f'k1 and k2: expected k1 of 1 or more and k2 from 1 to k1 + 1, got {k1} and {k2}.')
+    if not 0 <= weight <= 1:
+        raise ValueError(f'lambda: expected a weight from 0 to 1, got {weight}.')
+    if k1 >= total:
+        raise ValueError(
+            f'k1: {k1} neighbours of each of {total} images, queries and gallery, are asked for, who have {total - 1}: '
+            'choose a lower k1.')
+
+
 def rerank(
         query: torch.Tensor,
         gallery: torch.Tensor,
@@ -139,17 +151,14 @@ def rerank(
         gallery: Features of the gallery, (G, C), on the same device.
         k1: Neighbours that are compared.
         k2: Neighbours that an encoding is averaged over.
-        weight: Weight of the first distance; the rest is that of the Jaccard distance.
+        weight: Weight of the first distance, the paper's lambda; the rest is that of the Jaccard distance.
         metric: 'cosine' or 'euclidean' (squared, as in the paper's code).
 
     Raises:
         ValueError: A number is out of range, or features are not finite.
     """
     total = len(query) + len(gallery)
-    if not (1 <= k2 <= k1 + 1 <= total) or not 0 <= weight <= 1:
-        raise ValueError(
-            f'k1 and k2 must be numbers of neighbours that {total} images have, k2 at most k1 + 1, and the weight lie '
-            f'in [0, 1]; got {k1}, {k2} and {weight}.')
+    check_rerank(total, k1, k2, weight)
     features = torch.cat([query, gallery])
     if not features.isfinite().all():
         raise ValueError('A feature is not finite: the network gives features that are not numbers.')

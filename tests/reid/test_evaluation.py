@@ -157,7 +157,20 @@ def test_command(people, exported, tmp_path, capsys):
     assert main([*command, '--results', str(results)]) == 2
     assert 'exists' in capsys.readouterr().err
     assert main([*command, '--rerank']) == 2
-    assert 'neighbours that 15 images have' in capsys.readouterr().err
+    assert 'k1: 20 neighbours of each of 15 images' in capsys.readouterr().err
+    assert main([*command, '--k1', '14']) == 2
+    assert 'go with --rerank' in capsys.readouterr().err
+    small = ['--rerank', '--k1', '7', '--k2', '3', '--lambda', '0.5']
+    assert main([*command, *small, '--json']) == 0
+    told = json.loads(capsys.readouterr().out)
+    _, data, query, gallery = evaluate_reid(exported, people, workers=0, flip=False)
+    numbers = [torch.tensor([getattr(image, name) for image in split]) for name in ('pid', 'camid')
+               for split in (data.query, data.gallery)]
+    expected = score(rerank(query, gallery, 7, 3, 0.5), *numbers).summary()
+    assert told['mAP'] == pytest.approx(expected['mAP'], abs=1e-9)
+    assert told['settings'] == {
+        'metric': 'cosine', 'camera_rule': 'exclude', 'flip': False, 'rerank': True, 'k1': 7, 'k2': 3, 'lambda': 0.5,
+        'multi_query': False}
     more = market(tmp_path / 'more', {
         'bounding_box_train': [(2, 1, 1)], 'query': [(1, 1, 1)], 'bounding_box_test': [(1, 2, 12), (3, 1, 12)]})
     assert main(['reid', 'eval', str(exported), '--data', str(more), str(more), '--rerank', '--json']) == 0
@@ -171,6 +184,9 @@ def test_command(people, exported, tmp_path, capsys):
     (['--picture', '/nowhere/x.png'], 'its folder does not'),
     (['--data', '/nowhere'], 'No folder'),
     (['--layout', 'msmt17'], 'list_train.txt'),
+    (['--rerank', '--k1', '0', '--k2', '1'], 'k1 of 1 or more'), (['--rerank', '--k1', '4'], 'got 4 and 6'),
+    (['--rerank', '--k1', '9', '--lambda', '1.5'], 'lambda'), (['--rerank', '--k1', '9', '--lambda', 'nan'], 'lambda'),
+    (['--rerank', '--k1', '15'], '15 images'),
 ])
 def test_errors_of_the_command(people, exported, tmp_path, capsys, monkeypatch, arguments, message):
     """What eval cannot do is one line, exit code 2, and no file."""
@@ -386,7 +402,8 @@ def test_search_in_a_linked_album(crowd, exported, tmp_path, caplog):
 def test_a_distractor_answers_no_distractor(tmp_path):
     """A query of identity 0 has no right answer in its list, as it has none in the numbers."""
     data = open_reid(market(tmp_path, {
-        'bounding_box_train': [(5, 1, 1)], 'query': [(0, 1, 1), (3, 1, 1)], 'bounding_box_test': [(0, 2, 2), (3, 2, 1)]}))
+        'bounding_box_train': [(5, 1, 1)], 'query': [(0, 1, 1), (3, 1, 1)],
+        'bounding_box_test': [(0, 2, 2), (3, 2, 1)]}))
     torch.manual_seed(0)
     lists = rank_queries(torch.randn(2, 4), torch.randn(3, 4), data, [0, 1])
     assert [sum(ranking.right) for ranking in lists] == [0, 1]

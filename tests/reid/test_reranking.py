@@ -67,6 +67,15 @@ def test_textbook(seed, metric, k1, k2, weight):
     torch.testing.assert_close(found, textbook(query, gallery, k1, k2, weight, metric), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize('images', [8, 4])
+def test_all_images_as_neighbours(images):
+    """The highest k1 that so few images allow is re-ranked as in the textbook."""
+    query, gallery = clustered(2, images - 2, 0)
+    found = torch.cat(list(reranking.rerank(query, gallery, images - 1, 2)))
+    expected = textbook(query, gallery, images - 1, 2, 0.3, 'cosine')
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 def test_blocks(monkeypatch):
     """Blocks of any size give the same."""
     query, gallery = clustered(9, 50, 0)
@@ -92,7 +101,7 @@ def test_images_that_are_equal():
 def test_errors(k1, k2, weight):
     """Numbers that make no sense for so many images are an error."""
     query, gallery = clustered(9, 50, 0)
-    with pytest.raises(ValueError, match=f'got {k1}, {k2} and {weight}'):
+    with pytest.raises(ValueError, match=r'^k1|^lambda'):
         next(reranking.rerank(query, gallery, k1, k2, weight))
 
 
