@@ -23,8 +23,8 @@ from dreal_timm.reid.reranking import check_rerank, rerank
 from dreal_timm.version import __version__
 
 __all__ = [
-    'check_answers', 'check_reranked', 'embed', 'evaluate_features', 'evaluate_network', 'evaluate_reid',
-    'extract_features', 'feature_loader', 'open_checked', 'pooled_queries', 'settings_of', 'told_of',
+    'check_answers', 'check_apart', 'check_reranked', 'embed', 'evaluate_features', 'evaluate_network',
+    'evaluate_reid', 'extract_features', 'feature_loader', 'open_checked', 'pooled_queries', 'settings_of', 'told_of',
 ]
 
 _PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
@@ -76,10 +76,21 @@ def extract_features(
                 features = (features + embed(model, images.flip(-1)).float()) / 2
         found.append(features)
     features = torch.cat(found)
-    if not features.isfinite().all():
+    if not features.norm(dim=1).isfinite().all():  # a length beyond float32 would make a cosine of 0 with all
         raise FloatingPointError(
             'The network gives features that are not finite: it has diverged, or its weights are broken.')
     return features
+
+
+def check_apart(features: torch.Tensor, metric: str = 'cosine') -> None:
+    """Raise a FloatingPointError if features, (N, C), cannot be ranked, so that the order of the files would decide."""
+    broken = ''
+    if len(features) > 1 and (features == features[0]).all():
+        broken = f'all {len(features):,} images the same features'
+    elif metric == 'cosine' and (zero := int((features.norm(dim=1) < 1e-12).sum())):
+        broken = f'{zero:,} of {len(features):,} images features of zero, whose cosine is not known'
+    if broken:
+        raise FloatingPointError(f'The network gives {broken}: it has collapsed, or its weights are broken.')
 
 
 def feature_loader(
@@ -249,6 +260,7 @@ def evaluate_network(
     where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     loader = feature_loader(images, preprocessing, where, batch_size, workers)
     features = extract_features(model.to(where), loader, where, flip)
+    check_apart(features, metric)
     query, gallery, extra = features.split([len(data.query), len(data.gallery), len(asked)])
     metrics = evaluate_features(
         query, gallery, data, metric, camera_rule, reranked, extra if asked else None, multi_query, k1, k2, weight)
@@ -292,6 +304,7 @@ def evaluate_reid(
     Raises:
         FileNotFoundError: The network or the data is missing.
         ValueError: No such model or layout; an image that cannot be read; no query has an answer.
+        FloatingPointError: Features are not finite, or all the same.
         WeightsError: The weights cannot be had.
     """
     data = open_checked(directory, layout, options.get('camera_rule', 'exclude'))

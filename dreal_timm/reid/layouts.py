@@ -20,6 +20,7 @@ __all__ = ['EXPECTED', 'LAYOUTS', 'SPLITS', 'ReidData', 'ReidImage', 'open_reid'
 
 SPLITS = ('train', 'query', 'gallery')
 JUNK, DISTRACTOR = -1, 0
+_NOTHING = {'nan', 'NaN', '<NA>', 'None', 'null'}  # what tables of programs have where there is no value
 # images and identities of the training split, queries, images of the gallery, as published
 EXPECTED = {
     'market1501': {'train': 12_936, 'identities': 751, 'query': 3_368, 'gallery': 15_913},
@@ -199,7 +200,7 @@ def _csv(root: Path) -> ReidData:
         for row in reader:
             where = f"'{tables[0]}', line {reader.line_num}"
             values = [(row[name] or '').strip() for name in ('path', 'pid', 'camid', 'split')]
-            if not all(values):
+            if not all(values) or not _NOTHING.isdisjoint(values[1:3]):
                 raise ValueError(f'{where}: path, pid, camid or split is empty.')
             path, pid, camid, split = values
             if split not in SPLITS:

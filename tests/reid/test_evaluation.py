@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from reid.pictures import market
+from reid.pictures import market, save
 from timm.data import resolve_model_data_config
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ from dreal_timm.reid import (
     score,
     search,
 )
-from dreal_timm.reid.evaluation import extract_features, feature_loader
+from dreal_timm.reid.evaluation import evaluate_network, extract_features, feature_loader
 from dreal_timm.reid.pictures import Ranking
 
 CPU = torch.device('cpu')
@@ -407,3 +407,33 @@ def test_a_distractor_answers_no_distractor(tmp_path):
     torch.manual_seed(0)
     lists = rank_queries(torch.randn(2, 4), torch.randn(3, 4), data, [0, 1])
     assert [sum(ranking.right) for ranking in lists] == [0, 1]
+
+
+@pytest.mark.parametrize(('bias', 'weight', 'message'), [
+    (1.0, 0.0, 'the same features'), (0.0, 1e-30, 'features of zero'), (0.0, 1e25, 'not finite'),
+])
+def test_a_network_that_has_collapsed(people, bias, weight, message):
+    """Features that are all equal, of zero, or of a length beyond float32 are no number by the order of the files."""
+    class Mean(torch.nn.Module):
+        """The mean colour of an image."""
+        pretrained_cfg = {**SIZE, 'architecture': 'mean'}
+
+        def forward_features(self, images):
+            return bias + weight * images.mean((2, 3))
+
+        def forward_head(self, features, pre_logits):
+            return features
+
+    with pytest.raises(FloatingPointError, match=message):
+        evaluate_network(Mean(), open_reid(people), workers=0)
+
+
+def test_pooled_queries_that_nothing_answers(tmp_path, exported):
+    """Two queries that answer each other are one pooled query that nothing answers: an error, and no NaN."""
+    for split, pid, name in (('train', 'x', '0'), ('query', 'a', '1'), ('query', 'a', '2'), ('gallery', 'b', '3')):
+        save(tmp_path / split / pid / 'c1' / f'{name}.png', 1, 1, int(name))
+    (tmp_path / 'gallery' / 'a').symlink_to('../query/a')
+    options = {'camera_rule': 'ignore', 'workers': 0}
+    assert evaluate_reid(exported, tmp_path, **options)[0]['queries'] == 2
+    with pytest.raises(ValueError, match='no image of the gallery answers'):
+        evaluate_reid(exported, tmp_path, multi_query=True, **options)

@@ -393,6 +393,17 @@ def test_identities_below_junk(tmp_path):
         open_reid(tmp_path)
 
 
+@pytest.mark.parametrize('value', ['nan', 'None', ''])
+@pytest.mark.parametrize('column', [1, 2])
+def test_values_that_are_missing(tmp_path, value, column):
+    """Images without an identity or a camera in a table do not become those of a person or a camera 'nan'."""
+    row = ['train/2_1_0.png', 2, 1, 'train']
+    row[column] = value
+    table(tmp_path, more=[row])
+    with pytest.raises(ValueError, match='is empty'):
+        open_reid(tmp_path)
+
+
 def test_two_columns_of_one_name(tmp_path):
     """A table with two columns pid does not take one of them."""
     (tmp_path / 'images.csv').write_text('path,pid,camid,split,pid\na.png,1,1,train,2\n')
