@@ -99,7 +99,9 @@ def _audit(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise _needs_audit(error) from error
     output = args.output or Path('output') / 'audit' / Path(args.model).name
-    done = audit_model(args.model, args.data, output, checkpoint=args.checkpoint, **_audit_options(args))
+    done = audit_model(
+        args.model, args.data, output, checkpoint=args.checkpoint, model_kwargs=_options(args.model_kwargs),
+        **_audit_options(args))
     if done is not None:
         print(f'{format_summary(done[1])}\nreport {output}/report.html')
 

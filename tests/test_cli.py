@@ -70,7 +70,7 @@ def test_inspect_without_sites(capsys):
     assert main(['inspect', 'test_resnet']) == 1
     captured = capsys.readouterr()
     assert captured.out == ''
-    assert 'no attention site' in captured.err and 'block_args' in captured.err
+    assert 'no attention site' in captured.err and 'register_attention' in captured.err
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

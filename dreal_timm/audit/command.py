@@ -52,6 +52,7 @@ def audit_model(
         dataset: str = '',
         split: str = 'validation',
         checkpoint: str = '',
+        model_kwargs: Mapping[str, Any] | None = None,
         class_map: str = '',
         by_order: bool = False,
         sites: Sequence[str] | None = None,
@@ -73,12 +74,13 @@ def audit_model(
 
     Args:
         model: Name of a timm model, 'hf-hub:USER/NAME', an exported folder, or the folder of a run, whose critic is
-            looked at as well.
+            looked at as well, or of timm's train.py.
         data_dir: Folder of the data set.
         output: Folder to write.
         dataset: Kind and name of the data set as in a recipe; empty is an image folder.
         split: Its split.
         checkpoint: File with weights to load, in place of the model's published ones.
+        model_kwargs: Options of `timm.create_model` that the checkpoint needs.
         class_map: File with the names of all classes, where the network does not know those of the data set.
         by_order: Take the classes of the data set in their order.
         sites: Names of the sites to audit, or of modules that contain them; None are all.
@@ -102,7 +104,7 @@ def audit_model(
     """
     output = Path(output)
     check_output(output, resume)
-    subject = load_subject(model, checkpoint, input_size)
+    subject = load_subject(model, checkpoint, input_size, model_kwargs)
     images = open_images(subject.model, data_dir, dataset, split, class_map, input_size, by_order)
     place = None if device is None else torch.device(device)
     done = audit_folder(

@@ -1,5 +1,5 @@
 """What is audited: a network, with its critic where it has one, and the images it is asked about"""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from dreal_timm.audit.effects import check_network
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.critic import Critic
 from dreal_timm.data.opening import open_for
-from dreal_timm.hub.loading import load
 from dreal_timm.hub.results import weights_digest
+from dreal_timm.hub.run import open_network
 
 __all__ = ['Subject', 'load_subject', 'open_images']
 
-_RUN, _BEST = 'args.yaml', 'model_best.pth.tar'
+_BEST = 'model_best.pth.tar'
 _WEIGHTS_ALONE = ('.safetensors', '.npz', '.npy')
 
 
@@ -39,23 +39,28 @@ class Subject:
     weights: str
 
 
-def load_subject(model: str, checkpoint: str = '', input_size: Sequence[int] | None = None) -> Subject:
+def load_subject(
+        model: str,
+        checkpoint: str = '',
+        input_size: Sequence[int] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+) -> Subject:
     """Load a network, and the critic that it was trained with where a checkpoint holds it.
 
     Args:
-        model: Name of a timm model, 'hf-hub:USER/NAME', an exported folder, or the folder of a run, whose exported
-            network and whose best checkpoint's critic of these weights are taken.
+        model: Name of a timm model, 'hf-hub:USER/NAME', an exported folder, or the folder of a run or of timm's
+            train.py, whose network and whose best checkpoint's critic of these weights are taken.
         checkpoint: File with weights to load, in place of the model's published ones.
         input_size: (C, H, W) of the images; None is the model's own.
+        model_kwargs: Options of `timm.create_model` that the checkpoint needs.
 
     Raises:
         FileNotFoundError: The folder or the checkpoint is missing.
         ValueError: No such model, it has no weights, no attention site or no classes, or weights or critic do not fit.
     """
-    folder, best = Path(model), Path(model) / _BEST
-    run = (folder / _RUN).is_file() and (folder / 'model').is_dir()
-    network: Any = load(str(folder / 'model') if run else model, checkpoint)
-    source = checkpoint or (str(best) if run and best.is_file() else '')
+    network: Any = open_network(model, checkpoint, **(model_kwargs or {}))
+    best = Path(model) / _BEST
+    source = checkpoint or (model if Path(model).is_file() else str(best) if best.is_file() else '')
     sites = find_sites(network, input_size)
     try:
         check_network(network, sites)

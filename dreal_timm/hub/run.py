@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 import yaml
+from timm.models import get_model_input_config
 from torch import nn
 
 from dreal_timm.hub.export import export, halved
@@ -123,7 +124,8 @@ def read_network(source: str | Path, weights: str = 'auto') -> nn.Module:
 
 def exported_folder(model: str | Path) -> Path | None:
     """Return the exported folder that a name stands for: itself, or `model/` of the run that it is."""
-    for folder in (Path(model), Path(model) / 'model') if (Path(model) / NETWORK).is_file() else (Path(model),):
+    is_run = any((Path(model) / name).is_file() for name in (NETWORK, 'args.yaml'))
+    for folder in (Path(model), Path(model) / 'model') if is_run else (Path(model),):
         if (folder / 'config.json').is_file():
             return folder
     return None
@@ -154,7 +156,13 @@ def open_network(model: str | Path, checkpoint: str | Path = '', **model_kwargs:
         if checkpoint:
             raise ValueError(f"'{model}' is of a run: name the checkpoint '{checkpoint}' alone.")
         return _read(model, 'auto')[0]
-    return load(str(model), checkpoint, **model_kwargs)
+    network: Any = load(str(model), checkpoint, **model_kwargs)
+    channels = get_model_input_config(network)['input_size'][0]
+    for key in ('mean', 'std'):
+        given = network.pretrained_cfg[key]
+        if len(given) not in (1, channels):  # averaged, as timm's loaders do
+            network.pretrained_cfg = {**network.pretrained_cfg, key: (sum(given) / len(given),) * channels}
+    return network
 
 
 def export_run(

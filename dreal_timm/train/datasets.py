@@ -29,10 +29,7 @@ def data_config(config: SimpleNamespace, model: Any) -> dict[str, Any]:
     if config.input_size is None and config.img_size is None:
         args['input_size'] = get_model_input_config(model)['input_size']
     for key in ('mean', 'std'):
-        given = args[key]
-        if not given:  # the model's own, of another number of channels averaged as timm's loader does
-            given = model.pretrained_cfg[key]
-            given = given if len(given) in (1, channels) else [sum(given) / len(given)] * channels
+        given = args[key] or model.pretrained_cfg[key]
         if len(given) not in (1, channels):
             raise ValueError(f'{key}: {len(given)} values for images of {channels} channels: {list(given)}.')
         args[key] = given

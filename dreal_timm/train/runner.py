@@ -231,7 +231,7 @@ def _set_up(config: SimpleNamespace, lock: FolderLock) -> Run:
         reid.read_all(config, people, processes)
     if checkpoint is not None and path.resolve().parent == directory.resolve():
         _check_folder(config, path, checkpoint)
-    names = None if people is None else [str(pid) for pid in people.identities()]
+    names = None if people is None else people.identity_names()
     if people is None:
         names = datasets.settle_classes(config, model, train_set, val_set, checkpoint, path)
     elif checkpoint is not None:

@@ -136,6 +136,25 @@ def test_it_is_exported_and_inspected(images, tmp_path, capsys):
         f'layer{i}.0.se' for i in range(1, 5)]
 
 
+def test_it_is_audited(images, tmp_path):
+    """audit measures it, and by a checkpoint with options, as validate does."""
+    audit_model = pytest.importorskip('dreal_timm.audit.command', reason='needs the extra').audit_model
+    raw, _ = write_run(tmp_path / 'run')
+    torch.save(raw.state_dict(), tmp_path / 'weights.pth')
+    options = dict(workers=0, device='cpu', resamples=10)
+    _, found = audit_model(str(tmp_path / 'run'), str(images), tmp_path / 'first', **options)
+    expected = by_hand(raw, images)
+    assert found['network']['top1'] == pytest.approx(expected['top1'])
+    assert found['network']['log_likelihood'] == pytest.approx(-expected['loss'], rel=1e-4)
+    kwargs = {'num_classes': 3, 'in_chans': 1, **SE}
+    _, found = audit_model(
+        'test_resnet', str(images), tmp_path / 'second', checkpoint=str(tmp_path / 'weights.pth'), model_kwargs=kwargs,
+        **options)
+    other = measured('test_resnet', images, checkpoint=tmp_path / 'weights.pth', model_kwargs=kwargs)
+    assert found['network']['top1'] == pytest.approx(other['top1'])
+    assert found['network']['log_likelihood'] == pytest.approx(-other['loss'], rel=1e-4)
+
+
 @pytest.mark.parametrize(('content', 'message'), [
     ('- 1', 'names no model'), ('a: [', 'cannot be read'), ('model: 3', 'names no model'),
     ('model: no_such_model', 'Unknown model'), ('{model: test_resnet, num_classes: 5, in_chans: 1}', 'does not fit'),
