@@ -83,7 +83,8 @@ def without_sites(model: nn.Module) -> str:
     for name, reason in unread(model).items():
         text += f'{name} is none: {reason}. '
     return text + (
-        "Networks such as seresnet50 and those of timm.list_models('dreal_*') have some, and "
+        "Networks such as seresnet50 and those of timm.list_models('dreal_*') have some, a ResNet takes some by "
+        "block_args={'attn_layer': 'se'}, dreal_timm.find_sites(model) tells of any, and "
         'dreal_timm.register_attention() adds a class of modules.'
     )
 
