@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import resolve_data_config
+from timm.models import get_model_input_config
 
 from dreal_timm.attention import find_sites, group_sites
 from dreal_timm.audit.calibration import load_critic
@@ -101,8 +102,8 @@ def open_images(
         FileNotFoundError: The folder, or an image in it, is missing.
         ClassesError: Classes of the data set are not those of the network.
     """
-    options = {} if input_size is None else {'input_size': tuple(input_size)}
-    data = resolve_data_config(options, model=model)
+    size = get_model_input_config(model)['input_size'] if input_size is None else input_size
+    data = resolve_data_config({'input_size': tuple(size)}, model=model)
     found, match = open_for(
         model, dataset, data_dir, split, class_map=class_map, by_order=by_order, channels=data['input_size'][0])
     return NumberedImages(found, data, match)
