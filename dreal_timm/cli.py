@@ -39,7 +39,7 @@ def _options(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _validate(args: argparse.Namespace) -> None:
-    from dreal_timm.train.checkpoint import write_text
+    from dreal_timm.files import write_text
     from dreal_timm.train.validate import describe, validate
     if args.results and (Path(args.results).exists() or not Path(args.results).parent.is_dir()):
         raise FileExistsError(f"--results: '{args.results}' exists, or its folder does not.")

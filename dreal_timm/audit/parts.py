@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreal_timm.errors import UNREADABLE
+from dreal_timm.files import write_text
 
 __all__ = ['Parts', 'cut', 'write_json']
 
@@ -24,9 +25,7 @@ _FEWEST, _PARTS = 256, 16
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file in one step."""
-    scratch = path.with_name(f'.{path.name}.{os.getpid()}')
-    scratch.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-    os.replace(scratch, path)
+    write_text(path, json.dumps(content, indent=2) + '\n')
 
 
 def cut(numbers: Sequence[int]) -> list[list[int]]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dreal_timm.files import write_text
 from dreal_timm.hub import read_network
 from dreal_timm.reid.checking import check_reid
 from dreal_timm.reid.evaluation import check_reranked, evaluate_network, open_checked, told_of
@@ -82,7 +83,7 @@ def _eval(args: argparse.Namespace) -> None:
     if args.json:
         print(text)
     if args.results:
-        Path(args.results).write_text(text + '\n', encoding='utf-8')
+        write_text(Path(args.results), text + '\n')
     if args.picture:
         count = min(args.lists, len(data.query))
         numbers = [i * len(data.query) // count for i in range(count)]

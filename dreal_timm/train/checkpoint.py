@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from dreal_timm.errors import was_interrupted
+from dreal_timm.files import write_text
 from dreal_timm.hub.damage import damaged_record
 
-__all__ = ['BEST', 'LAST', 'Checkpoints', 'kept_checkpoints', 'write_summary', 'write_text']
+__all__ = ['BEST', 'LAST', 'Checkpoints', 'kept_checkpoints', 'write_summary']
 
 _logger = logging.getLogger(__name__)
 LAST = 'last.pth.tar'
@@ -36,16 +37,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    scratch = path.with_name(f'{path.name}.tmp')
-    try:
-        scratch.write_text(text, encoding='utf-8', newline='')
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:

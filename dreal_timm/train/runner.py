@@ -17,13 +17,14 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import random_seed
 from torch import nn
 
+from dreal_timm.files import write_text
 from dreal_timm.hub import describe_network, export
 from dreal_timm.hub.loading import read_checkpoint
 from dreal_timm.hub.results import shared_settings
 from dreal_timm.hub.run import NETWORK
 from dreal_timm.hub.upload import check_target
 from dreal_timm.train import build, datasets, loaders, reid
-from dreal_timm.train.checkpoint import BEST, LAST, Checkpoints, write_summary, write_text
+from dreal_timm.train.checkpoint import BEST, LAST, Checkpoints, write_summary
 from dreal_timm.train.config import load_config, to_dict
 from dreal_timm.train.evaluate import METRICS, evaluate
 from dreal_timm.train.launch import launch, run_directory

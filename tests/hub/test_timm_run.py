@@ -1,6 +1,7 @@
 """What timm's train.py leaves behind is a network for every command"""
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,26 @@ def test_the_command(images, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found['samples'] == 18
     assert found['preprocessing']['mean'] == [0.5] and found['preprocessing']['std'] == [0.5]  # timm's, of 3 channels
+
+
+def test_results_on_a_full_disk(images, tmp_path, monkeypatch, capsys):
+    """Results that cannot be written leave no file that would stop the next try."""
+    write_run(tmp_path / 'run')
+    arguments = [
+        'validate', str(tmp_path / 'run'), '--data', str(images), '--workers', '0', '--device', 'cpu', '--results',
+        str(tmp_path / 'results.json')]
+
+    def full(path, text, **options):
+        path.write_bytes(text.encode()[:7])
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'write_text', full)
+        assert main(arguments) == 2
+    assert 'No space left' in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ['run']
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / 'results.json').read_text())['samples'] == 18
 
 
 def test_it_is_exported_and_inspected(images, tmp_path, capsys):
