@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.models import get_model_input_config, save_for_hf
+from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -116,6 +116,28 @@ def _describe(model: Any, label_names: Sequence[str] | None) -> tuple[dict[str, 
     return config, changes
 
 
+def _write_config(
+        model: nn.Module,
+        directory: Path,
+        changes: dict[str, Any],
+        data_config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Write timm's `config.json` of a network into a folder, and return it.
+
+    The number of classes stands at its top alone: timm takes it from there, and transformers, which passes it beside
+    `model_args`, could not build the network if it stood in both.
+    """
+    path = directory / 'config.json'
+    save_config_for_hf(
+        model, str(path), model_config=changes, data_config=None if data_config is None else dict(data_config))
+    config = json.loads(path.read_text(encoding='utf-8'))
+    arguments = config.get('model_args', {})
+    if arguments.get('num_classes') == config['num_classes']:
+        del arguments['num_classes']
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+    return config
+
+
 def check_plain(model: nn.Module, directory: Path) -> Any:
     """Return a copy of a plain network for an export: on the CPU, in float32, in evaluation mode.
 
@@ -146,10 +168,7 @@ def describe_network(
     described: Any = copy.copy(model)
     described.pretrained_cfg, changes = _describe(model, label_names)
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / 'config.json'
-        save_config_for_hf(
-            described, str(path), model_config=changes, data_config=None if data_config is None else dict(data_config))
-        return json.loads(path.read_text(encoding='utf-8'))
+        return _write_config(described, Path(scratch), changes, data_config)
 
 
 def export(
@@ -197,10 +216,8 @@ def export(
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f'.{directory.name}-'))
     try:
-        save_for_hf(
-            saved, str(scratch), model_config=model_config, safe_serialization=True,
-            data_config=None if data_config is None else dict(data_config),
-        )
+        save_file(saved.state_dict(), scratch / 'model.safetensors')
+        _write_config(saved, scratch, model_config, data_config)
         (scratch / 'test').mkdir()
         input_size = (data_config or {}).get('input_size') or get_model_input_config(plain)['input_size']
         save_file(_test_tensors(plain, input_size), scratch / 'test' / 'rand_tensors.safetensors')

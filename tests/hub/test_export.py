@@ -1,16 +1,22 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from networks import make_model
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import dreal_timm
 from dreal_timm import DrealTask
-from dreal_timm.hub import export
+from dreal_timm.hub import describe_network, export, load
+from dreal_timm.hub.folder import checksums
 
 DATA = dict(input_size=(1, 32, 32), mean=(0.3,), std=(0.4,), interpolation='bilinear', crop_pct=1.0)
 
@@ -54,6 +60,80 @@ def test_cbam_keeps_its_name(tmp_path):
     """timm has no CBAM network with an MLP bias: the export keeps our name."""
     folder = export(timm.create_model('dreal_cbam_resnet18', num_classes=4), tmp_path / 'model')
     assert json.loads((folder / 'config.json').read_text())['architecture'] == 'dreal_cbam_resnet18'
+
+
+@pytest.mark.parametrize('classes', [7, 0])
+@pytest.mark.parametrize(('name', 'options'), [
+    ('test_resnet', {'block_args': {'attn_layer': 'se'}}),
+    ('dreal_reid', {'backbone': 'test_resnet', 'last_stride': 2}),
+])
+def test_the_number_of_classes_stands_once(tmp_path, name, options, classes):
+    """config.json says it at its top and not among the arguments; an export that says it in both loads as well."""
+    model = timm.create_model(name, num_classes=classes, **options).eval()
+    folder = export(model, tmp_path / 'model', data_config=DATA | {'input_size': (3, 64, 64)})
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['num_classes'] == classes
+    assert 'num_classes' not in config['model_args']
+    assert 'num_classes' not in describe_network(model)['model_args']
+    former = tmp_path / 'former'
+    shutil.copytree(folder, former)
+    (former / 'config.json').write_text(json.dumps(
+        {**config, 'model_args': {**config['model_args'], 'num_classes': classes}}))
+    (former / 'SHA256SUMS').write_text(checksums(former))
+    input = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(input)
+        for path in (folder, former):
+            assert torch.equal(timm.create_model(f'local-dir:{path}', pretrained=True).eval()(input), expected)
+            assert torch.equal(load(str(path)).eval()(input), expected)
+            assert load(str(path), num_classes=3).num_classes == 3
+
+
+def test_transformers_loads_it(tmp_path):
+    """transformers repeats the network's logits; its pipeline says probabilities by name; SE needs timm alone.
+
+    One process for all three, since importing transformers takes seconds.
+    """
+    pytest.importorskip('transformers')
+    generator = torch.Generator().manual_seed(0)
+    picture = Image.fromarray(torch.randint(0, 256, (80, 70, 3), generator=generator).to(torch.uint8).numpy())
+    picture.save(tmp_path / 'picture.png')
+    data = dict(input_size=(3, 64, 64), mean=(0.3,) * 3, std=(0.4,) * 3, interpolation='bilinear', crop_pct=0.9)
+    input, expected = torch.randn(2, 3, 64, 64, generator=generator), {}
+    transform = timm.data.create_transform(**data, is_training=False)
+    for attention in ('se', 'cbam', 'srm'):
+        torch.manual_seed(0)
+        model = timm.create_model(f'dreal_{attention}_resnet18', num_classes=4, zero_init_last=False).eval()
+        export(model, tmp_path / attention, data_config=data, label_names=list('abcd'))
+        with torch.no_grad():
+            scores = model(transform(picture)[None]).softmax(1)[0]
+            expected |= {f'{attention}.logits': model(input), f'{attention}.scores': scores}
+    save_file({'input': input}, tmp_path / 'input.safetensors')
+    code = (
+        'import sys, timm, torch\n'
+        'from safetensors.torch import load_file, save_file\n'
+        'from transformers import AutoModelForImageClassification, pipeline\n'
+        'input, found = load_file("input.safetensors")["input"], {}\n'
+        'for attention in ("se", "cbam", "srm"):\n'
+        '    if attention == "cbam":\n'
+        '        assert "dreal_timm" not in sys.modules\n'
+        '        import dreal_timm\n'
+        '    model = AutoModelForImageClassification.from_pretrained(attention, dtype=torch.float32).eval()\n'
+        '    with torch.no_grad():\n'
+        '        found[f"{attention}.logits"] = model(input).logits\n'
+        '    told = pipeline("image-classification", model=attention, dtype=torch.float32)("picture.png")\n'
+        '    scores = {row["label"]: row["score"] for row in told}\n'
+        '    found[f"{attention}.scores"] = torch.tensor([scores[name] for name in "abcd"])\n'
+        'save_file(found, "found.safetensors")\n'
+    )
+    path = str(Path(dreal_timm.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, '-c', code], check=False, cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': path})
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / 'found.safetensors')
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_test_tensors(tmp_path):
