@@ -64,14 +64,16 @@ def _build(name: str, options: dict[str, Any]) -> Any:
 
 def _inspect(args: argparse.Namespace) -> int:
     from dreal_timm.audit import describe_sites, format_sites
-    from dreal_timm.hub.loading import timm_name
+    from dreal_timm.hub.loading import fetch_network, timm_name
     from dreal_timm.hub.run import exported_folder, open_network
     from dreal_timm.readers import without_sites
     options, exported = _options(args.options), exported_folder(args.model)
     if exported is None and Path(args.model).exists():  # a run that has not ended, or one of timm
         model = open_network(args.model, **options)
     else:
-        model = _build(timm_name(args.model if exported is None else str(exported)), options)
+        name = timm_name(args.model if exported is None else str(exported))
+        fetch_network(name, weights=False)
+        model = _build(name, options)
     rows = describe_sites(model, args.input_size)
     if args.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))

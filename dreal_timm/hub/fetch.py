@@ -121,7 +121,7 @@ def fetch(source: str, config: bool, weights: Sequence[str] = WEIGHTS_FILES, sha
     Args:
         source: Id of the repository, with `@REVISION` where one is meant.
         config: Whether config.json is wanted too.
-        weights: Names of the file with the weights, the first that there is.
+        weights: Names of the file with the weights, the first that there is; none for the config alone.
         sha256: Of the weights, where it is known.
 
     Raises:
@@ -132,15 +132,16 @@ def fetch(source: str, config: bool, weights: Sequence[str] = WEIGHTS_FILES, sha
     try:
         needed = ['config.json'] if config else []
         found = _cached(repo, revision or None, weights)
-        if found is None or (config and _cached(repo, revision or None, needed) is None):
+        if (weights and found is None) or (config and _cached(repo, revision or None, needed) is None):
             if constants.HF_HUB_OFFLINE:
                 raise OfflineModeIsEnabled(f'{repo} is not in the cache.')
             info = HfApi().model_info(repo, revision=revision or None, timeout=_TIMEOUT)
             names = {sibling.rfilename for sibling in info.siblings or ()}
-            found = next((name for name in weights if name in names), weights[0])
-        for file in (*needed, found):
+            found = next((name for name in weights if name in names), weights[0]) if weights else None
+        for file in (*needed, *([found] if found else [])):
             path = _download(repo, file, revision or None)
-        _verify(path, repo, found, sha256)
+        if found:
+            _verify(path, repo, found, sha256)
     except WeightsError:
         raise
     except Exception as error:  # the client's own, and those of the two libraries that it sends requests with

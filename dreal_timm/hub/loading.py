@@ -14,7 +14,7 @@ from dreal_timm.hub.fetch import WEIGHTS_FILES, fetch
 from dreal_timm.hub.folder import check_folder
 from dreal_timm.models.releases import find_release
 
-__all__ = ['check_model_name', 'load', 'read_checkpoint', 'timm_name']
+__all__ = ['check_model_name', 'fetch_network', 'load', 'read_checkpoint', 'timm_name']
 
 
 def check_model_name(name: str) -> None:
@@ -46,20 +46,31 @@ def timm_name(model: str) -> str:
     return name
 
 
-def _fetch(name: str) -> None:
-    """Bring the weights of the Hub that timm would load into the cache, in a way that fails at once and clearly."""
+def fetch_network(name: str, weights: bool = True) -> None:
+    """Bring what `timm.create_model` would ask the Hub for into the cache, in a way that fails at once and clearly.
+
+    Args:
+        name: As timm takes it.
+        weights: Whether the weights are wanted; a repository's config is in any case.
+
+    Raises:
+        WeightsError: Offline, no such repository, revision or file, no access, or a broken copy in the cache.
+    """
     source, model = timm.models.parse_model_name(name)
     if source == 'hf-hub':
-        fetch(model, config=True)
-    elif source is None:
+        fetch(model, config=True, weights=WEIGHTS_FILES if weights else ())
+    elif source is None and weights:
         config = timm.models.get_pretrained_cfg(model)
         repo = getattr(config, 'hf_hub_id', None)
         if repo and not (config.file or config.state_dict):
             named = config.hf_hub_filename
             release = find_release(model)
-            fetch(
-                repo, config=False, weights=(named,) if named else WEIGHTS_FILES,
-                sha256=release.sha256 if release else '')
+            try:
+                fetch(
+                    repo, config=False, weights=(named,) if named else WEIGHTS_FILES,
+                    sha256=release.sha256 if release else '')
+            except WeightsError as error:
+                raise WeightsError(f'The weights of {model} cannot be had: {error}') from error.__cause__
 
 
 def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
@@ -89,8 +100,8 @@ def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
         raise ValueError(f"'{model}' has no published weights: name a folder, or pass a checkpoint.")
     if source == 'local-dir' and not checkpoint:
         check_folder(path)
-    if not checkpoint and not {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'} & kwargs.keys():
-        _fetch(name)
+    if not {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'} & kwargs.keys():
+        fetch_network(name, weights=not checkpoint)
     try:
         return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None, **kwargs)
     except (*UNREADABLE, AssertionError, TypeError, ValueError, AttributeError, MemoryError) as error:

@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dreal_timm.attention import attention_parameters, find_sites
-from dreal_timm.errors import UNREADABLE, nearest, why_unreadable
+from dreal_timm.errors import UNREADABLE, WeightsError, nearest, why_unreadable
 from dreal_timm.hub.backbone import load_backbone, open_gates
 from dreal_timm.hub.damage import check_damage
-from dreal_timm.hub.loading import check_model_name
+from dreal_timm.hub.loading import check_model_name, fetch_network
 from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.reid.objective import IdentityLoss
 from dreal_timm.task import DrealTask
@@ -75,6 +75,7 @@ def build_model(config: SimpleNamespace) -> nn.Module:
     Raises:
         ValueError: No such model, or weights that do not fit it.
         FileNotFoundError: No such initial checkpoint.
+        WeightsError: The weights cannot be had of the Hub, which is told at the first request.
     """
     check_model_name(config.model)
     for key in ('initial_checkpoint', 'pretrained_path'):
@@ -90,6 +91,8 @@ def build_model(config: SimpleNamespace) -> nn.Module:
         raise ValueError('pretrained: dreal_reid has no weights; dreal.backbone names those of its backbone.')
     if config.fast_norm:
         set_fast_norm()
+    if not {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'} & config.model_kwargs.keys():
+        fetch_network(config.model, weights=bool(config.pretrained) and not config.pretrained_path)
     kwargs = resolve_model_input_args(
         config.model,
         dict(in_chans=config.in_chans, input_size=config.input_size, img_size=config.img_size),
@@ -121,6 +124,8 @@ def build_model(config: SimpleNamespace) -> nn.Module:
             f'model_kwargs: {config.model} does not take {refused[1]}. The recipe has it for another network: '
             'model_kwargs=null leaves all of them out.') from error
     except UNREADABLE as error:
+        if not given and config.pretrained and isinstance(error, OSError):
+            raise WeightsError(f'The weights of {config.model} cannot be had: {error}') from error
         if not given:
             raise
         hint = '' if config.pretrained_path else ' (pretrained_path leaves its classifier out)'
