@@ -1,8 +1,6 @@
 """Export of a trained network as a folder in the layout of the Hugging Face Hub, which timm loads"""
 import copy
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,13 +10,14 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from dreal_timm.hub.card import write_card
 from dreal_timm.hub.folder import SUMS, checksums
+from dreal_timm.hub.scratch import new_folder
 from dreal_timm.models.dreal_resnet import timm_architecture
 
 __all__ = ['check_export', 'check_plain', 'describe_network', 'export', 'halved']
@@ -38,7 +37,7 @@ def _test_tensors(
     return {
         'input': input,
         'output': model(input),
-        'features': features.contiguous(),
+        'features': features,
         'pre_logits': model.forward_head(features, pre_logits=True),
     }
 
@@ -84,17 +83,13 @@ def halved(model: Any) -> Any:
     return rounded
 
 
-def _untie(model: nn.Module) -> None:
-    """Give tensors that have two names a copy each: safetensors stores none twice."""
-    seen: set[int] = set()
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if tensor.data_ptr() in seen and tensor.numel():
-                    tensors[name] = copy.deepcopy(tensor)  # type: ignore[assignment]
-                seen.add(tensor.data_ptr())
+def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a file of safetensors, which stores each tensor whole, in order and once, whatever memory it lies in.
+
+    Tensors that are transposed, expanded or have two names are copied; of a full disk an OSError tells.
+    """
+    path.write_bytes(save({
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}))
 
 
 def _describe(model: Any, label_names: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -203,37 +198,29 @@ def export(
         TypeError: The model is not one that timm built.
         ValueError: The model holds a critic, or numbers that float16 cannot hold; or results among `files` are of
             other weights.
+        OSError: There is no room for the folder; nothing is left of it.
         RuntimeError: The exported folder does not repeat the model's logits.
     """
     directory = Path(directory)
     plain = check_plain(model, directory)
-    _untie(plain)
     plain.pretrained_cfg, model_config = _describe(plain, label_names)
     saved = halved(plain) if half else plain
     if half:
         plain = copy.deepcopy(saved).float()
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f'.{directory.name}-'))
-    try:
-        save_file(saved.state_dict(), scratch / 'model.safetensors')
-        _write_config(saved, scratch, model_config, data_config)
-        (scratch / 'test').mkdir()
+    with new_folder(directory) as folder:
+        _write_tensors(saved.state_dict(), folder / 'model.safetensors')
+        _write_config(saved, folder, model_config, data_config)
+        (folder / 'test').mkdir()
         input_size = (data_config or {}).get('input_size') or get_model_input_config(plain)['input_size']
-        save_file(_test_tensors(plain, input_size), scratch / 'test' / 'rand_tensors.safetensors')
+        _write_tensors(_test_tensors(plain, input_size), folder / 'test' / 'rand_tensors.safetensors')
         for name, content in (files or {}).items():
-            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-            (scratch / name).write_bytes(content)
-        write_card(scratch)
-        (scratch / SUMS).write_text(checksums(scratch), encoding='utf-8')
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        write_card(folder)
+        (folder / SUMS).write_text(checksums(folder), encoding='utf-8')
         if fresh_process:
-            _check_afresh(scratch, model_config['pretrained_cfg']['architecture'])
+            _check_afresh(folder, model_config['pretrained_cfg']['architecture'])
         else:
-            check_export(scratch)
-        for path in scratch.rglob('*'):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        scratch.chmod(0o755)
-        os.replace(scratch, directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            check_export(folder)
     return directory

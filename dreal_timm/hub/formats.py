@@ -1,8 +1,6 @@
 """Networks for other runtimes: ONNX, and programs of torch.export, compared with the network that they come from"""
+import io
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,6 +12,7 @@ from torch import nn
 
 from dreal_timm.hub.export import check_plain
 from dreal_timm.hub.folder import SUMS, checksums
+from dreal_timm.hub.scratch import new_folder
 from dreal_timm.version import __version__
 
 __all__ = ['FORMATS', 'TOLERANCE', 'export_format']
@@ -46,7 +45,9 @@ def _write_onnx(model: nn.Module, example: torch.Tensor, path: Path) -> Program:
 def _write_program(model: nn.Module, example: torch.Tensor, path: Path) -> Program:
     """Write the network and return what the file is loaded as."""
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim('batch')},))
-    torch.export.save(program, path)
+    content = io.BytesIO()  # torch's own writer of files aborts the process where the disk is full
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
     return torch.export.load(path).module()
 
 
@@ -90,6 +91,7 @@ def export_format(
     Raises:
         FileExistsError: The folder exists.
         ModuleNotFoundError: A package that ONNX needs is not installed.
+        OSError: There is no room for the folder; nothing is left of it.
         RuntimeError: The network has what cannot be exported; or logits differ by more than 1e-4, or by more than that
             part of the largest where it is above 1.
         TypeError: The model is not one that timm built.
@@ -103,12 +105,12 @@ def export_format(
     plain = check_plain(model, directory)
     data = timm.data.resolve_model_data_config(plain)
     noise = torch.randn(8, *data['input_size'], generator=torch.Generator().manual_seed(0))
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f'.{directory.name}-'))
-    try:
+    with new_folder(directory) as folder:
         write = _write_onnx if format == 'onnx' else _write_program
         try:
-            program = write(plain, noise[:2], scratch / FORMATS[format])
+            program = write(plain, noise[:2], folder / FORMATS[format])
+        except OSError:
+            raise
         except Exception as error:  # the exporters raise all kinds
             reason = ' '.join(str(error).split())[:200] or type(error).__name__
             raise RuntimeError(f'{format}: the network cannot be exported: {reason}') from error
@@ -125,12 +127,6 @@ def export_format(
                 'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__,
                 **{name: version(name) for name in packages}},
         }
-        (scratch / 'preprocessing.json').write_text(json.dumps(told, indent=2) + '\n', encoding='utf-8')
-        (scratch / SUMS).write_text(checksums(scratch), encoding='utf-8')
-        for path in scratch.iterdir():
-            path.chmod(0o644)
-        scratch.chmod(0o755)
-        os.replace(scratch, directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        (folder / 'preprocessing.json').write_text(json.dumps(told, indent=2) + '\n', encoding='utf-8')
+        (folder / SUMS).write_text(checksums(folder), encoding='utf-8')
     return directory

@@ -157,6 +157,48 @@ def test_channels_last(tmp_path):
     assert model.layer1[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def transposed(model):
+    model.fc.weight = nn.Parameter(model.fc.weight.detach().t().contiguous().t())
+    model.conv1[0].weight = nn.Parameter(model.conv1[0].weight.detach().transpose(2, 3))
+
+
+def expanded(model):
+    model.fc.bias = nn.Parameter(torch.tensor([0.3]).expand(7))
+    model.bn1.running_mean = torch.tensor(0.1).expand(model.bn1.num_features)
+    model.bn1.weight = nn.Parameter(torch.rand(1).expand(model.bn1.num_features))
+
+
+def overlapping(model):
+    count = model.bn1.num_features
+    flat = torch.rand(2 * count)
+    model.bn1.weight = nn.Parameter(flat[:count])
+    model.bn1.bias = nn.Parameter(flat[count // 2:count // 2 + count])
+    model.bn1.running_mean = flat[count:]
+
+
+def shared(model):
+    model.layer1[0].bn2 = model.layer1[0].bn1
+    model.layer2[0].bn2.weight = model.layer2[0].bn1.weight
+
+
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('change', [transposed, expanded, overlapping, shared])
+def test_memory_of_any_layout(tmp_path, change, half):
+    """Tensors that are transposed, expanded, overlapping or shared come back with their numbers; none is changed."""
+    model = make_model('se').eval()
+    change(model)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folder = export(model, tmp_path / 'model', half=half)
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    for name, tensor in loaded.state_dict().items():
+        right = expected[name].half().float() if half and expected[name].is_floating_point() else expected[name]
+        assert torch.equal(tensor, right), name
+        assert torch.equal(model.state_dict()[name], expected[name])
+    input, tolerance = torch.randn(2, 3, 64, 64), 1e-2 if half else 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input), model(input), rtol=tolerance, atol=tolerance)
+
+
 def test_existing_folder_is_refused(tmp_path):
     """Nothing is overwritten."""
     (tmp_path / 'model').mkdir()
