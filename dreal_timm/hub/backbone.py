@@ -1,5 +1,4 @@
 """Starting a network with attention from the weights of one without: the backbone is copied, the attention is fresh"""
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +6,7 @@ from typing import Any
 import torch
 from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.layers.squeeze_excite import SEModule
-from timm.models import adapt_input_conv, clean_state_dict
+from timm.models import adapt_input_conv, clean_state_dict, get_model_input_config
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
@@ -92,32 +91,70 @@ def open_gates(model: nn.Module) -> int:
     return len(modules)
 
 
-def _weights(source: str | Path, in_chans: int) -> Mapping[str, torch.Tensor]:
-    """Weights of a file, or of a network that timm knows, whose first layer it fits to the channels."""
+def _first_layers(model: nn.Module) -> tuple[int, list[str]]:
+    """Channels of the images, and names of the layers that they enter."""
+    config = get_model_input_config(model)
+    names = config['first_conv'] or ()
+    return config['input_size'][0], [names] if isinstance(names, str) else list(names)
+
+
+def _weights(source: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of a file, or of a network that timm knows, whose first layers it fits to the channels if it can."""
     path = Path(source)
     if not path.is_file():
         if path.suffix in ('.pth', '.pt', '.tar', '.bin', '.safetensors'):
             raise FileNotFoundError(f"backbone: no file '{source}'.")
-        return load(str(source), in_chans=in_chans).state_dict()
+        channels, names = _first_layers(model)
+        layers = [model.get_submodule(name) for name in names]
+        plain = all(isinstance(layer, nn.Conv2d) and layer.in_channels == channels for layer in layers)
+        # a stem that timm cannot fit it would draw at random
+        return (load(str(source), in_chans=channels) if plain else load(str(source))).state_dict()
+    content: Any
     if path.suffix == '.safetensors':
         from safetensors.torch import load_file
         try:
-            return load_file(path)
+            content = load_file(path)
         except UNREADABLE as error:
             raise ValueError(f"'{source}' is broken or no safetensors file ({error}).") from error
-    content: Any = read_checkpoint(path)
-    for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # timm's order: the moving average first
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not (isinstance(content, dict) and content and all(isinstance(v, torch.Tensor) for v in content.values())):
+    else:
+        content = read_checkpoint(path)
+        for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # timm's order: the moving average first
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+                break
+    if not (isinstance(content, dict) and content and all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items())):
         raise ValueError(f"'{source}' holds no weights.")
     return clean_state_dict(content)
+
+
+def _fit_channels(weights: dict[str, torch.Tensor], model: nn.Module, source: str | Path) -> None:
+    """Fit the first layers to the channels of the images, in place, as timm fits its pretrained weights."""
+    channels, names = _first_layers(model)
+    own = model.state_dict()
+    for key in (f'{name}.weight' for name in names):
+        if key not in weights or key not in own or weights[key].ndim < 2:
+            continue
+        given, wanted = weights[key].shape, own[key].shape
+        if given == wanted or (given[0], *given[2:]) != (wanted[0], *wanted[2:]):
+            continue
+        there, rest = divmod(given[1] * channels, wanted[1])  # a stem may take several pixels of each channel at once
+        try:
+            if rest:
+                raise NotImplementedError
+            weights[key] = adapt_input_conv(channels, weights[key], base_chans=there)
+        except (NotImplementedError, ValueError) as error:
+            raise ValueError(
+                f"'{source}' is for images of {given[1] * channels / wanted[1]:g} channels, and its {key} cannot be "
+                f'fitted to the {channels} of {type(model).__name__}: give the network as many channels.') from error
 
 
 @torch.no_grad()
 def load_backbone(model: nn.Module, source: str | Path, head: bool = False, gates: str = 'fresh') -> Backbone:
     """Copy the weights of a plain network into one with attention; its attention modules stay as they were made.
+
+    The first layer is fitted to the channels of the images as timm does it: summed to one channel, else repeated or cut
+    off, and scaled.
 
     Args:
         model: A timm model with attention, changed in place.
@@ -137,17 +174,16 @@ def load_backbone(model: nn.Module, source: str | Path, head: bool = False, gate
         raise ValueError(f"gates must be 'fresh' or 'open', got '{gates}'.")
     config: Any = getattr(model, 'pretrained_cfg', {})
     own = model.state_dict()
-    first, classifier = f"{config.get('first_conv')}.weight", config.get('classifier') or 'fc'
+    classifier = config.get('classifier') or 'fc'
     inside = tuple(f'{name}.' for name in _attention(model))
     fresh = {key for key in own if key.startswith(inside)}
     if not head:
         fresh |= {key for key in own if key.startswith(f'{classifier}.')}
     wanted = [key for key in own if key not in fresh]
-    weights = dict(_weights(source, own[first].shape[1] if first in own else 3))
+    weights = _weights(source, model)
     if not any(key in weights for key in wanted):  # an embedding network, whose backbone is the network
         weights = {key.removeprefix('backbone.'): value for key, value in weights.items()}
-    if first in weights and first in own and weights[first].shape[1] != own[first].shape[1]:
-        weights[first] = adapt_input_conv(own[first].shape[1], weights[first])
+    _fit_channels(weights, model, source)
     unfit = [key for key in wanted if key in weights and weights[key].shape != own[key].shape]
     loaded = [key for key in wanted if key in weights and key not in unfit]
     if unfit or not any(own[key].is_floating_point() for key in loaded):

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from timm.models import get_model_input_config
+from timm.models import clean_state_dict, get_model_input_config
 from torch import nn
 
 from dreal_timm.hub.export import export, halved
@@ -27,18 +27,18 @@ _BEST = 'model_best.pth.tar'
 _DATA = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
-def _state(checkpoint: Any, path: Path, weights: str) -> Mapping[str, torch.Tensor]:
-    """Weights of the plain network out of a checkpoint."""
+def _state(checkpoint: Any, path: Path, weights: str) -> tuple[Mapping[str, torch.Tensor], str]:
+    """Weights of the plain network out of a checkpoint, and which they are."""
     keys = checkpoint if isinstance(checkpoint, dict) else {}
     averaged = weights == 'ema' or (weights == 'auto' and 'state_dict_ema' in keys)
     key = 'state_dict_ema' if averaged else 'state_dict'
     if key not in keys:
         raise ValueError(f"'{path}' holds no {'moving average' if averaged else 'weights'} ({key}).")
-    state: Mapping[str, torch.Tensor] = keys[key]
+    state = clean_state_dict(keys[key])
     foreign = [name for name in state if name.split('.')[0] in ('critic', 'task', 'trainable_module')]
     if foreign:
         raise ValueError(f"'{path}' holds training-only weights ({foreign[0]}): it is not of a plain network.")
-    return state
+    return state, 'ema' if averaged else 'raw'
 
 
 def _training(
@@ -92,14 +92,14 @@ def _read(source: str | Path, weights: str) -> tuple[Any, Mapping[str, Any], Pat
         model, content, taken = load_timm_run(path, weights)
         return model, content, run, taken
     checkpoint = read_checkpoint(path)
-    state = _state(checkpoint, path, weights)
+    state, taken = _state(checkpoint, path, weights)
     model = _build(run)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:200]
         raise ValueError(f"'{path}' does not fit the network of '{run / NETWORK}': {reason}") from error
-    return model, checkpoint, run, 'ema' if state is checkpoint.get('state_dict_ema') else 'raw'
+    return model, checkpoint, run, taken
 
 
 def read_network(source: str | Path, weights: str = 'auto') -> nn.Module:

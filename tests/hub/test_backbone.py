@@ -1,14 +1,16 @@
 """Starting a network with attention from the weights of a plain one"""
+import json
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
-from networks import ATTENTION, make_batch
+from networks import ATTENTION, make_batch, make_model
 from safetensors.torch import save_file
 from small_run import recipe, write_images
 
-from dreal_timm.hub import export, load_backbone, open_gates
+from dreal_timm.hub import describe_network, export, load_backbone, open_gates, read_network
 from dreal_timm.layers import BamModule
 from dreal_timm.train import load_config
 from dreal_timm.train.build import build_model
@@ -35,6 +37,8 @@ def files(plain, tmp_path_factory):
     wrapped = {f'module.{name}': tensor for name, tensor in plain.state_dict().items()}
     torch.save({'state_dict': wrapped, 'epoch': 3}, folder / 'checkpoint.pth.tar')
     save_file(plain.state_dict(), folder / 'weights.safetensors')
+    save_file(wrapped, folder / 'wrapped.safetensors')
+    save_file({f'_orig_mod.{name}': tensor for name, tensor in wrapped.items()}, folder / 'compiled.safetensors')
     export(plain, folder / 'exported')
     return folder
 
@@ -44,7 +48,9 @@ def attentive(attention='se', **kwargs):
     return timm.create_model(f'dreal_{attention}_resnet18', **{'num_classes': 7, **kwargs}).eval()
 
 
-@pytest.mark.parametrize('source', ['weights.pth', 'checkpoint.pth.tar', 'weights.safetensors', 'exported'])
+@pytest.mark.parametrize('source', [
+    'weights.pth', 'checkpoint.pth.tar', 'weights.safetensors', 'wrapped.safetensors', 'compiled.safetensors',
+    'exported'])
 @pytest.mark.parametrize('attention', ATTENTION)
 def test_backbone_is_copied_and_attention_is_fresh(plain, files, attention, source):
     """Every tensor of the plain network but its classifier is there, and every other one is as it was made."""
@@ -71,12 +77,68 @@ def test_the_head_by_choice(plain, files):
     assert load_backbone(other, files / 'weights.pth').missing == ()
 
 
-@pytest.mark.parametrize('source', ['weights.pth', 'exported'])
-def test_grey_images(plain, files, source):
-    """The first layer is fitted to the channels as timm does it: summed over the colours for grey images."""
-    model = attentive(in_chans=1)
-    load_backbone(model, files / source)
-    torch.testing.assert_close(model.conv1.weight, plain.conv1.weight.sum(1, keepdim=True))
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.module.'])
+def test_names_of_wrapped_networks(prefix, tmp_path):
+    """A checkpoint of a run is read whatever its network was wrapped in; a critic inside is refused as ever."""
+    model = make_model(num_classes=3)
+    (tmp_path / 'network.json').write_text(json.dumps(describe_network(model)))
+    weights = {f'{prefix}{name}': tensor for name, tensor in model.state_dict().items()}
+    path = tmp_path / 'last.pth.tar'
+    torch.save({'state_dict': weights}, path)
+    state = read_network(path).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    torch.save({'state_dict': {**weights, f'{prefix}critic.weight': torch.ones(1)}}, path)
+    with pytest.raises(ValueError, match='training-only'):
+        read_network(path)
+
+
+@pytest.mark.parametrize('kind', ['weights.pth', 'weights.safetensors', 'exported'])
+@pytest.mark.parametrize(('there', 'here'), [(3, 1), (1, 3), (1, 2), (2, 1), (3, 2), (3, 5), (4, 3), (2, 5)])
+def test_channels(there, here, kind, tmp_path):
+    """The first layer is fitted to the channels as timm fits its pretrained weights, whichever there are on each side.
+
+    Summed to one, else repeated and cut off, and scaled by how many there are for each.
+    """
+    source = make_model(in_chans=there)
+    path = tmp_path / kind
+    if kind == 'exported':
+        export(source, path)
+    elif kind == 'weights.pth':
+        torch.save(source.state_dict(), path)
+    else:
+        save_file(source.state_dict(), path)
+    model = make_model(seed=1, in_chans=here)
+    found = load_backbone(model, path)
+    assert 'conv1.0.weight' in found.loaded
+    first = source.conv1[0].weight.detach().numpy()
+    expected = first.sum(1, keepdims=True) if here == 1 else np.tile(first, (1, 5, 1, 1))[:, :here] * (there / here)
+    np.testing.assert_allclose(model.conv1[0].weight.detach().numpy(), expected, rtol=1e-6, atol=1e-7)
+    torch.save(source.state_dict(), tmp_path / 'of_timm.pth')
+    fitted = timm.create_model(
+        'test_resnet', pretrained=True, in_chans=here, num_classes=7, block_args={'attn_layer': 'se'},
+        pretrained_cfg_overlay={
+            'file': str(tmp_path / 'of_timm.pth'), 'num_classes': 7, 'input_size': (there, 64, 64)})
+    assert torch.equal(model.conv1[0].weight, fitted.conv1[0].weight)
+
+
+@pytest.mark.parametrize('kind', ['weights.pth', 'exported'])
+def test_channels_that_cannot_be_fitted(kind, tmp_path):
+    """A stem that takes several pixels at once is summed to one channel; to others it is an error that names both."""
+    source = timm.create_model('tresnet_m', layers=[1, 1, 1, 1])
+    path = tmp_path / kind
+    if kind == 'exported':
+        export(source, path, data_config={'input_size': (3, 64, 64)})
+    else:
+        torch.save(source.state_dict(), path)
+    model = timm.create_model('tresnet_m', layers=[1, 1, 1, 1], in_chans=5)
+    before = model.body.conv1.conv.weight.clone()
+    with pytest.raises(ValueError, match=r'images of 3 channels, and its body\.conv1\S+ cannot be fitted to the 5 of'):
+        load_backbone(model, path)
+    assert torch.equal(model.body.conv1.conv.weight, before)
+    grey = timm.create_model('tresnet_m', layers=[1, 1, 1, 1], in_chans=1)
+    load_backbone(grey, path)
+    expected = source.body.conv1.conv.weight.unflatten(1, (16, 3)).sum(2)
+    torch.testing.assert_close(grey.body.conv1.conv.weight, expected)
 
 
 def test_missing_and_unused_are_named(plain, files, tmp_path):
@@ -172,7 +234,6 @@ def test_a_run_from_a_backbone(files, tmp_path):
 
 def test_the_exported_config_is_not_that_of_timms_weights(tmp_path):
     """What is exported from a network whose default weights are timm's does not claim to be those."""
-    import json
     model = timm.create_model('dreal_se_resnet50', num_classes=3)
     export(model, tmp_path / 'out')
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
