@@ -87,6 +87,10 @@ def build_model(config: SimpleNamespace) -> nn.Module:
     if started and (config.dreal.backbone or config.dreal.gates == 'open'):
         raise ValueError(
             'dreal.backbone, dreal.gates: the network starts from pretrained, pretrained_path or initial_checkpoint.')
+    if config.pretrained_path and timm.models.parse_model_name(config.model)[0] is not None:
+        raise ValueError(
+            f"pretrained_path: '{config.model}' names weights of its own, which timm takes in place of the file: name "
+            'the architecture.')
     if config.pretrained and config.model == 'dreal_reid':
         raise ValueError('pretrained: dreal_reid has no weights; dreal.backbone names those of its backbone.')
     if config.fast_norm:

@@ -105,6 +105,7 @@ def test_a_checkpoint_with_more_than_tensors(images, tmp_path, capsys):
 @pytest.mark.parametrize(('values', 'message'), [
     ({'model_kwargs': {'no_such_option': 3}}, 'model_kwargs: test_resnet does not take no_such_option'),
     ({'resume': 'nowhere'}, "resume: no file 'nowhere'"),
+    ({'model': 'hf-hub:user/name', 'pretrained_path': 'FILE'}, "pretrained_path: 'hf-hub:user/name' names weights"),
     ({'mean': [0.1, 0.2]}, 'mean: 2 values for images of 1 channels'),
     ({'std': [0.1, 0.2, 0.3, 0.4]}, 'std: 4 values'),
     ({'log_with': 'tensorbord'}, "unknown tracker 'tensorbord' (did you mean 'tensorboard'?)"),
