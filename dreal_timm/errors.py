@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-__all__ = ['UNREADABLE', 'WeightsError', 'nearest', 'one_line', 'was_interrupted', 'why_unreadable']
+__all__ = ['UNREADABLE', 'WeightsError', 'nearest', 'one_line', 'printable', 'was_interrupted', 'why_unreadable']
 
 # what the readers of weight files raise for one that is broken or foreign
 UNREADABLE = (RuntimeError, KeyError, EOFError, OSError, struct.error, pickle.UnpicklingError, SafetensorError)
@@ -21,12 +21,23 @@ class WeightsError(OSError, ValueError):
     """
 
 
+def printable(text: str, keep: str = '') -> str:
+    """Return a text whose control characters, and others that a terminal does not show, are escapes: `\\x1b`.
+
+    Args:
+        text: What comes from a file, such as its name.
+        keep: Characters to leave, such as line ends.
+    """
+    return ''.join(
+        sign if sign.isprintable() or sign in keep else sign.encode('unicode_escape').decode() for sign in text)
+
+
 def one_line(error: BaseException) -> str:
     """Return what a user needs to know of an error, without a traceback; of an error in a loader process, its own."""
     text = str(error)
     if 'Original Traceback' in text:
         text = text.strip().splitlines()[-1].partition(': ')[2] or text
-    text = ' '.join(text.split())
+    text = printable(' '.join(text.split()))
     if isinstance(error, (ValueError, OSError, ModuleNotFoundError, FloatingPointError)) and text:
         return text
     return f'{type(error).__name__}: {text[:300]}'

@@ -19,6 +19,7 @@ from dreal_timm.hub.card import write_card
 from dreal_timm.hub.folder import SUMS, checksums
 from dreal_timm.hub.scratch import new_folder
 from dreal_timm.models.dreal_resnet import timm_architecture
+from dreal_timm.models.reid import ReidNetwork, portable_arguments
 
 __all__ = ['check_export', 'check_plain', 'describe_network', 'export', 'halved']
 
@@ -106,6 +107,8 @@ def _describe(model: Any, label_names: Sequence[str] | None) -> tuple[dict[str, 
             'origin_url': None, 'paper_ids': None,
         },
     }
+    if isinstance(model, ReidNetwork):
+        changes['model_args'] = portable_arguments(model)
     if label_names is not None:
         changes['label_names'] = list(label_names)
     return config, changes

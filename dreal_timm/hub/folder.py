@@ -1,17 +1,20 @@
-"""Folders of exported networks, looked at before anything of them is believed"""
-import json
+"""Folders of exported networks, looked at before anything of them is believed
+
+Files are plain ones of bounded size before they are opened, the config is bounded before a network is built of it, and
+the network is built without memory, with no more tensors than the file of weights has.
+"""
+import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import timm
-import torch
-from safetensors import safe_open
+from dreal_timm.errors import WeightsError
+from dreal_timm.hub.config import CONFIG, check_config
+from dreal_timm.hub.fetch import WEIGHTS_FILES, digest
+from dreal_timm.hub.files import check_place, read_bytes, reason
+from dreal_timm.hub.shapes import check_weights
 
-from dreal_timm.errors import UNREADABLE, WeightsError
-from dreal_timm.hub.fetch import digest
-
-__all__ = ['SUMS', 'UNLISTED', 'check_folder', 'checksums', 'read_checksums']
+__all__ = ['SUMS', 'UNLISTED', 'check_folder', 'checksums', 'find_weights', 'read_checksums']
 
 SUMS = 'SHA256SUMS'
 UNLISTED = ('README.md', '.gitattributes', SUMS)  # a card may be edited
@@ -31,9 +34,9 @@ def read_checksums(directory: Path) -> dict[str, str]:
     """
     what = f"'{directory}', {SUMS}"
     try:
-        lines = (directory / SUMS).read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f'{what}: it cannot be read ({error}): export the network again.') from error
+        lines = read_bytes(directory / SUMS, 2 ** 20).decode('utf-8').splitlines()
+    except (OSError, ValueError) as error:
+        raise WeightsError(f'{what}: it cannot be read ({reason(error)}): export the network again.') from error
     found: dict[str, str] = {}
     for line in lines:
         match = re.fullmatch('([0-9a-f]{64})  ([A-Za-z0-9._][A-Za-z0-9._/ -]*)', line)
@@ -47,77 +50,50 @@ def _compare(directory: Path, name: str, expected: dict[str, str]) -> None:
     what = f"'{directory}', {name}"
     if name not in expected:
         raise WeightsError(f'{what}: {SUMS} does not name it: export the network again.')
-    try:
-        inside = (directory / name).resolve().is_relative_to(directory.resolve())
-        if inside and digest(directory / name) == expected[name]:
-            return
-    except OSError as error:
-        raise WeightsError(f'{what}: {error.strerror or error}: export the network again.') from error
-    raise WeightsError(f'{what}: it is not what was exported (wrong SHA-256): export the network again.')
+    check_place(directory, name)
+    if digest(directory / name) != expected[name]:
+        raise WeightsError(f'{what}: it is not what was exported (wrong SHA-256): export the network again.')
 
 
-def _config(directory: Path) -> dict[str, Any]:
-    what = f"'{directory}', config.json"
-    try:
-        config = json.loads((directory / 'config.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f'{what}: it cannot be read ({" ".join(str(error).split())[:100]}).') from error
-    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
-        raise WeightsError(f'{what}: it names no architecture: it is not of a network that timm exported.')
-    if not timm.is_model(config['architecture']):
-        name = config['architecture'][:60]
-        raise WeightsError(f"{what}: timm has no architecture '{name}': import the package that registers it, "
-                           'or update timm.')
-    return config
+def find_weights(directory: Path) -> str:
+    """Return the name of the file of weights that timm loads of a folder.
 
-
-def _check_shapes(directory: Path) -> None:
-    """Compare names and shapes of the weights with those of the network, before any of it takes memory."""
-    try:
-        with torch.device('meta'):
-            expected = timm.create_model(f'local-dir:{directory}', pretrained=False).state_dict()
-    except (NotImplementedError, RuntimeError):
-        return  # one that computes while it is built
-    with safe_open(directory / 'model.safetensors', 'pt') as file:
-        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    what = f"'{directory}', model.safetensors"
-    for word, names in (
-        ('has no', expected.keys() - shapes.keys()), ('has a foreign', shapes.keys() - expected.keys()),
-    ):
-        if names:
-            raise WeightsError(f'{what}: it {word} {min(names)[:60]}: it is of another architecture than config.json.')
-    for name, shape in shapes.items():
-        if shape != list(expected[name].shape):
-            raise WeightsError(
-                f'{what}: {name} is {shape} and not {list(expected[name].shape)}: '
-                'it is of another architecture than config.json.')
+    Raises:
+        WeightsError: There is none.
+    """
+    for name in WEIGHTS_FILES:
+        if os.path.lexists(directory / name):
+            return name
+    raise WeightsError(f"'{directory}': it has no {' or '.join(WEIGHTS_FILES)}.")
 
 
 def check_folder(directory: str | Path, everything: bool = False) -> dict[str, Any]:
     """Return the config of an exported folder, whose files are what was exported.
 
-    Files are compared with the list `SHA256SUMS` where the folder has one; weights in safetensors are compared with
-    the network by names and shapes.
+    Files are compared with the list `SHA256SUMS` where the folder has one; names and shapes of the weights are compared
+    with the network's. What is no plain file, or giant, is refused before it is read.
 
     Args:
-        directory: The folder.
+        directory: The folder; one of the Hub's cache may link to its blobs.
         everything: Look at all files, and require the list; else at those that are loaded.
 
     Raises:
-        WeightsError: A file is missing, broken, not the one that was exported, or of another architecture.
+        WeightsError: A file is missing, broken, not the one that was exported, or of another architecture; or the
+            config fetches or opens something.
     """
     directory = Path(directory)
     try:
-        if everything or (directory / SUMS).exists():
-            listed = read_checksums(directory)
-            for name in dict.fromkeys(['config.json', 'model.safetensors', *(listed if everything else ())]):
+        weights = find_weights(directory)
+        listed = read_checksums(directory) if everything or os.path.lexists(directory / SUMS) else None
+        for name in (CONFIG, weights):
+            check_place(directory, name)
+        if listed is not None:
+            for name in dict.fromkeys([CONFIG, weights, *(listed if everything else ())]):
                 _compare(directory, name, listed)
-        config = _config(directory)
-        if (directory / 'model.safetensors').is_file():
-            _check_shapes(directory)
+        config = check_config(directory)
+        check_weights(directory, weights)
     except WeightsError:
         raise
-    except (*UNREADABLE, AssertionError, TypeError, ValueError, AttributeError, MemoryError, OverflowError) as error:
-        reason = ' '.join(str(error).split())[:200] or type(error).__name__
-        raise WeightsError(f"'{directory}': it holds no network that can be loaded ({reason}).") from error
+    except Exception as error:  # of any kind, since arguments and tensors come from files
+        raise WeightsError(f"'{directory}': it holds no network that can be loaded ({reason(error)}).") from error
     return config

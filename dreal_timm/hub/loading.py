@@ -6,9 +6,11 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from dreal_timm.errors import UNREADABLE, WeightsError, nearest, why_unreadable
+from dreal_timm.hub.config import CONFIG, check_config
 from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.fetch import WEIGHTS_FILES, fetch
 from dreal_timm.hub.folder import check_folder
@@ -34,6 +36,7 @@ def timm_name(model: str) -> str:
     Raises:
         FileNotFoundError: No such folder, or one without an exported network.
         ValueError: No such model.
+        WeightsError: The folder's config is broken, or asks for more than a network.
     """
     name = model
     if Path(model).is_dir():
@@ -43,7 +46,22 @@ def timm_name(model: str) -> str:
     elif '/' in model and ':' not in model:
         raise FileNotFoundError(f"No folder '{model}' (models of the Hub are written hf-hub:USER/NAME).")
     check_model_name(name)
+    source, path = timm.models.parse_model_name(name)
+    if source == 'local-dir':
+        check_config(path)
     return name
+
+
+def _fetch_repository(source: str, weights: bool) -> None:
+    """Bring a network of the Hub into the cache, and look at it there as at any folder."""
+    repo, _, revision = source.partition('@')
+    fetch(source, config=True, weights=WEIGHTS_FILES if weights else ())
+    path = try_to_load_from_cache(repo, CONFIG, revision=revision or None)
+    if isinstance(path, str):
+        try:
+            (check_folder if weights else check_config)(Path(path).parent)
+        except WeightsError as error:
+            raise WeightsError(f"'{source}': {error}") from error
 
 
 def fetch_network(name: str, weights: bool = True) -> None:
@@ -54,11 +72,12 @@ def fetch_network(name: str, weights: bool = True) -> None:
         weights: Whether the weights are wanted; a repository's config is in any case.
 
     Raises:
-        WeightsError: Offline, no such repository, revision or file, no access, or a broken copy in the cache.
+        WeightsError: Offline, no such repository, revision or file, no access, a broken copy in the cache, or a network
+            that fetches or opens what it should not.
     """
     source, model = timm.models.parse_model_name(name)
     if source == 'hf-hub':
-        fetch(model, config=True, weights=WEIGHTS_FILES if weights else ())
+        _fetch_repository(model, weights)
     elif source is None and weights:
         config = timm.models.get_pretrained_cfg(model)
         repo = getattr(config, 'hf_hub_id', None)
@@ -77,7 +96,8 @@ def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
     """Return a network with its weights; one error says in a line why they cannot be had.
 
     Weights of the Hub are compared with the hash that the client stores them under, and those of an exported folder
-    with its list `SHA256SUMS`. Without a network, and without them in the cache, it fails at the first request.
+    with its list `SHA256SUMS`; both are compared with the network that their config describes. Without the Hub, and
+    without them in the cache, it fails at the first request.
 
     Args:
         model: Name of a timm model, 'hf-hub:USER/NAME' (with `@REVISION` where one is meant), or an exported folder.
@@ -104,8 +124,8 @@ def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
         fetch_network(name, weights=not checkpoint)
     try:
         return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None, **kwargs)
-    except (*UNREADABLE, AssertionError, TypeError, ValueError, AttributeError, MemoryError) as error:
-        if isinstance(error, (AssertionError, TypeError, ValueError, AttributeError)) and source is None:
+    except Exception as error:  # of any kind, since arguments come from a config
+        if source is None and not isinstance(error, (*UNREADABLE, MemoryError)):
             raise  # arguments of the network, not its weights
         what = f"'{checkpoint}' as weights of '{model}'" if checkpoint else f"'{model}'"
         hint = ' (a run exports its best epoch to the folder model/)' if checkpoint else ''

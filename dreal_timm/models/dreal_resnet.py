@@ -20,6 +20,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from dreal_timm.layers import SrmModule
 from dreal_timm.models.releases import RELEASES, find_release
+from dreal_timm.models.sources import check_source
 
 __all__: list[str] = []  # register_model adds every entry point
 
@@ -38,6 +39,7 @@ _STAGES: dict[int, dict[str, Any]] = {
 
 
 def _create_dreal_resnet(attention: str, depth: int, pretrained: bool = False, **kwargs: Any) -> ResNet:
+    check_source(kwargs)
     name = f'dreal_{attention}_resnet{depth}'
     tag = kwargs.get('pretrained_cfg')  # timm passes the tag of a name; its own callers may pass a config
     release = find_release(f"{name}.{getattr(tag, 'tag', tag)}")

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreal_timm.layers import GemPool
+from dreal_timm.models.sources import FETCHING, check_source
 
-__all__ = ['ReidNetwork', 'remove_last_stride']
+__all__ = ['ReidNetwork', 'portable_arguments', 'remove_last_stride']
 
 _POOLS = ('avg', 'max', 'gem')
 _HINT = ' (last_stride=2 leaves it)'
@@ -214,6 +215,18 @@ class ReidNetwork(nn.Module):
             for name, value in groups.items()}
 
 
+def portable_arguments(model: ReidNetwork) -> dict[str, Any]:
+    """Return `backbone` and `backbone_args` for a config: they build the same network, and fetch and open nothing."""
+    given: dict[str, Any] = getattr(model, '_model_args', {})
+    found: dict[str, Any] = {name: given[name] for name in ('backbone', 'backbone_args') if name in given}
+    if any(sign in found.get('backbone', '') for sign in ':/\\'):  # of the Hub or a folder, whose config named more
+        found = {'backbone': model.backbone.pretrained_cfg['architecture'], 'backbone_args': model.backbone._model_args}
+    if found.get('backbone_args'):
+        own = {*FETCHING, 'num_classes', 'global_pool', 'in_chans'}
+        found['backbone_args'] = {key: value for key, value in found['backbone_args'].items() if key not in own}
+    return found
+
+
 default_cfgs = generate_default_cfgs({
     'dreal_reid.untrained': {
         'url': '', 'num_classes': 0, 'input_size': (3, 384, 128), 'pool_size': None, 'crop_pct': 1.0,
@@ -226,6 +239,7 @@ default_cfgs = generate_default_cfgs({
 @register_model
 def dreal_reid(pretrained: bool = False, **kwargs: Any) -> ReidNetwork:
     """An embedding network for re-identification; `backbone` names the network that it is made of."""
+    check_source(kwargs)
     if kwargs.pop('features_only', False):
         raise RuntimeError('features_only is not implemented for dreal_reid: make it of the backbone.')
     config = timm.get_pretrained_cfg(kwargs.get('backbone', 'dreal_cbam_resnet50'))

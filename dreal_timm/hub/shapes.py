@@ -1,0 +1,118 @@
+"""Weights and the network that a config describes, compared by names and shapes before any of it takes memory"""
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import safe_open
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from dreal_timm.errors import WeightsError, printable
+from dreal_timm.hub.config import CONFIG
+from dreal_timm.hub.pickles import pickled_tensors
+
+__all__ = ['check_weights', 'read_shapes']
+
+_TABLE, _TENSORS = 2 ** 21, 10 ** 4  # bytes of the table of a file, and tensors
+_Shapes = Mapping[str, tuple[str, list[int]]]
+
+
+def read_shapes(path: Path) -> _Shapes:
+    """Return kind ('float' or 'int') and shape of each tensor of a file of weights, without reading the tensors.
+
+    Raises:
+        OSError, RuntimeError, ValueError: It is broken, or has a giant table.
+    """
+    if path.suffix != '.safetensors':
+        return {
+            name: ('float' if tensor.is_floating_point() else 'int', list(tensor.shape))
+            for name, tensor in pickled_tensors(path).items()}
+    with open(path, 'rb') as file:
+        length = int.from_bytes(file.read(8), 'little')
+    if length > _TABLE:
+        raise ValueError(f'its table has {length:,} bytes, where {_TABLE:,} are the most')
+    found = {}
+    with safe_open(path, 'pt') as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            part = tensors.get_slice(name)
+            kind = part.get_dtype()
+            if kind.startswith('C'):
+                raise ValueError(f'{name[:60]} has complex numbers')
+            found[name] = 'float' if kind.startswith(('F', 'BF')) else 'int', list(part.get_shape())
+    return found
+
+
+@contextmanager
+def _bounded(tensors: int, numbers: int) -> Iterator[None]:
+    """Stop the build of a network that is larger than its weights, with a ValueError."""
+    left = {'modules': 16 * tensors + 2000, 'tensors': 2 * tensors + 1000, 'numbers': 4 * numbers + 10 ** 7}
+    thread = threading.get_ident()
+
+    def count(kind: str, size: int = 0) -> None:
+        if threading.get_ident() != thread:
+            return
+        left[kind] -= 1
+        left['numbers'] -= size
+        if min(left.values()) < 0:
+            raise ValueError('config.json describes a network that is far larger than the weights')
+
+    def look(module: Any, name: str, tensor: Any) -> None:
+        if tensor is not None:
+            count('tensors', tensor.numel())
+
+    handles = [
+        register_module_parameter_registration_hook(look), register_module_buffer_registration_hook(look),
+        register_module_module_registration_hook(lambda *_: count('modules'))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _build(directory: Path, found: _Shapes) -> Any:
+    """The network of a config, without memory where it can be built so."""
+    name, size = f'local-dir:{directory}', sum(math.prod(shape) for _, shape in found.values())
+    with _bounded(len(found), size):
+        try:
+            with torch.device('meta'):
+                return timm.create_model(name, pretrained=False)
+        except (NotImplementedError, RuntimeError):  # one that computes while it is built
+            return timm.create_model(name, pretrained=False)
+
+
+def check_weights(directory: Path, name: str) -> None:
+    """Compare names, kinds and shapes of the weights with those of the network, before any of it takes memory."""
+    what = f"'{directory}', {name}"
+    found = read_shapes(directory / name)
+    if len(found) > _TENSORS:
+        raise WeightsError(f'{what}: it has {len(found):,} tensors, where {_TENSORS:,} are the most.')
+    network = _build(directory, found)
+    expected = {
+        name: ('float' if tensor.is_floating_point() else 'int', list(tensor.shape))
+        for name, tensor in network.state_dict().items()}
+    for word, names in (
+        ('has no', expected.keys() - found.keys()), ('has a foreign', found.keys() - expected.keys()),
+    ):
+        if names:
+            raise WeightsError(
+                f'{what}: it {word} {printable(min(names)[:60])}: it is of another architecture than {CONFIG}.')
+    for key, (kind, shape) in found.items():
+        if (kind, shape) != expected[key]:
+            raise WeightsError(
+                f'{what}: {printable(key[:60])} is {kind} {shape} and not {expected[key][0]} {expected[key][1]}: '
+                f'it is of another architecture than {CONFIG}.')
+    told = network.pretrained_cfg.get('num_classes')
+    classes = getattr(network, 'num_classes', told)
+    if told != classes:  # timm would leave the classifier out
+        raise WeightsError(
+            f"'{directory}', {CONFIG}: it tells of {told} classes, and the network has {classes}: the classifier would "
+            'start at random.')
