@@ -2,7 +2,6 @@
 import argparse
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dreal_timm.errors import one_line, was_interrupted
+from dreal_timm.terminal import set_up_log, visible_output
 from dreal_timm.version import __version__
 
 __all__ = ['main']
@@ -356,7 +356,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _answer(args: argparse.Namespace) -> int:
     """Run a command, and tell an error in a line."""
     try:
-        return args.function(args) or 0
+        with visible_output():
+            return args.function(args) or 0
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -378,9 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _arguments(argv)
         command = f' {args.command}'
-        logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
-        for name in ('timm', 'accelerate', 'httpx', 'httpx2', 'huggingface_hub', 'onnx_ir', 'onnxscript'):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        set_up_log()
         return _answer(args)
     except KeyboardInterrupt:
         print(f'dreal-timm{command}: interrupted', file=sys.stderr)

@@ -16,6 +16,7 @@ CORE = {
 ALLOWED = {
     'version': set(),
     'errors': set(),
+    'terminal': {'errors'},
     'files': set(),
     'layers': set(),
     'models': {'layers'},
@@ -48,8 +49,9 @@ ALLOWED = {
     'audit': CORE | {'files', 'layers', 'models', 'data', 'hub', 'errors', 'version'},
     'hub': CORE | {'files', 'layers', 'models', 'data', 'errors', 'version'},
     'reid': CORE | {'files', 'layers', 'models', 'data', 'hub', 'errors', 'version'},
-    'train': CORE | {'files', 'layers', 'models', 'data', 'hub', 'reid', 'version', 'errors'},
-    'cli': CORE | {'files', 'layers', 'models', 'data', 'hub', 'audit', 'reid', 'train', 'version', 'errors'},
+    'train': CORE | {'files', 'terminal', 'layers', 'models', 'data', 'hub', 'reid', 'version', 'errors'},
+    'cli': CORE | {
+        'files', 'terminal', 'layers', 'models', 'data', 'hub', 'audit', 'reid', 'train', 'version', 'errors'},
     '__init__': CORE | {'models', 'version'},
     '__main__': {'cli'},
 }

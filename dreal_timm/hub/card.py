@@ -2,7 +2,6 @@
 
 A number stands in a card only if `training/results.json` has it, which `dreal-timm validate` wrote of these weights.
 """
-import json
 import re
 import statistics
 from collections.abc import Mapping
@@ -17,6 +16,9 @@ from safetensors.torch import load_file
 from timm.models import get_model_input_config
 from torch.utils.flop_counter import FlopCounterMode
 
+from dreal_timm.hub.config import check_config
+from dreal_timm.hub.files import read_json
+from dreal_timm.hub.markdown import code, escape, plain
 from dreal_timm.hub.results import check_control, read_results, training_record, training_settings, weights_digest
 
 __all__ = ['write_card']
@@ -52,7 +54,8 @@ def _data(name: str) -> tuple[str, str, str]:
     kind, _, rest = name.partition('/')
     if name in ('reid/csv', 'reid/folders'):
         rest = 'a set of identities of its own'
-    return (rest or 'an image folder', rest if kind in ('hfds', 'hfids') else '', 'not recorded')
+    hub = kind in ('hfds', 'hfids') and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', rest, re.ASCII)
+    return (rest or 'an image folder', rest if hub else '', 'not recorded')
 
 
 def _network(directory: Path) -> tuple[int, float, list[int]]:
@@ -72,8 +75,26 @@ def _title(architecture: str, reinforced: bool | None, data: str) -> str:
     return f"{name}{', reinforced' if reinforced else ''}{f', {data}' if data else ''}"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+_WEIGHTS = {'ema': 'a moving average of the training\'s weights', 'raw': 'the weights themselves'}
+
+
+def _checkpoint(path: Path) -> tuple[int | None, str]:
+    """Epoch of the weights, and what they are."""
+    told = read_json(path, 2 ** 20) if path.is_file() else {}
+    epoch, weights = (told.get('epoch'), told.get('weights')) if isinstance(told, dict) else ('', '')
+    if epoch is None:
+        return None, ''
+    if type(epoch) is not int or epoch < 0 or weights not in ('ema', 'raw'):
+        raise ValueError(f"'{path}' does not tell of a checkpoint: export the network again.")
+    return epoch, _WEIGHTS[weights]
+
+
+def _results(path: Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Results of a file, with the numbers that others have; {} without one."""
+    found = read_results(path) if path.is_file() else {}
+    if found and like and ('mAP' in found) != ('mAP' in like):
+        raise ValueError(f"'{path}' has other numbers than the results.")
+    return found
 
 
 def _columns(results: Mapping[str, Any]) -> list[tuple[str, str, int]]:
@@ -97,7 +118,8 @@ def _notes(results: Mapping[str, Any], control: Mapping[str, Any], float32: Mapp
         change, name = results[key] - float32[key], name.removesuffix(' %')
         lines.append(f'In float32, before the weights were rounded: {float32[key]:.2f} {name} ({change:+.2f} since).')
     if 'settings' in results:
-        lines.append(f"Evaluated with {', '.join(f'{name} {value}' for name, value in results['settings'].items())}.")
+        told = ', '.join(f'{escape(name)} {escape(value)}' for name, value in results['settings'].items())
+        lines.append(f'Evaluated with {told}.')
     if control and 'mAP' in control:
         lines.append(f"This network less the plain one: {results['mAP'] - control['mAP']:+.2f} points of mAP.")
     elif control:
@@ -107,7 +129,8 @@ def _notes(results: Mapping[str, Any], control: Mapping[str, Any], float32: Mapp
             f'error of such a difference, from the number of images alone, is at most {error:.2f}.')
     versions = results.get('versions')
     if versions:
-        lines.append(f"Measured with {', '.join(f'{name} {number}' for name, number in versions.items())}.")
+        told = ', '.join(f'{escape(name)} {escape(number)}' for name, number in versions.items())
+        lines.append(f'Measured with {told}.')
     return lines
 
 
@@ -121,9 +144,9 @@ def _seconds(record: Any) -> dict[str, list[float]]:
 
 def _made_with(record: Any) -> str:
     """Versions and commit of a training."""
-    versions = [f'{name} {number}' for name, number in ((record or {}).get('versions') or {}).items()]
+    versions = [f'{escape(name)} {escape(number)}' for name, number in ((record or {}).get('versions') or {}).items()]
     commit = (record or {}).get('commit')
-    return f"Trained with {', '.join(versions)}{f', commit `{commit[:12]}`' if commit else ''}." if versions else ''
+    return f"Trained with {', '.join(versions)}{f', commit {code(commit[:12])}' if commit else ''}." if versions else ''
 
 
 def _cost(probe: Any, record: Any, control: Any) -> str:
@@ -134,17 +157,17 @@ def _cost(probe: Any, record: Any, control: Any) -> str:
         return line + 'Wall time was not recorded.'
     device = max(own, key=lambda name: (name in plain, len(own[name])))
     median = statistics.median(own[device])
-    line += f'The steps of an epoch took {median:,.1f} s (median of {len(own[device])} epochs, {device})'
-    if device not in plain:
+    line += f'The steps of an epoch took {median:,.1f} s (median of {len(own[device])} epochs, {escape(device)})'
+    other = statistics.median(plain.get(device, [0]))
+    if not other:
         return line + '.'
-    other = statistics.median(plain[device])
     return line + f', and {other:,.1f} s of the plain network, on a device of that name: {median / other:.2f} times.'
 
 
 def _data_line(results: Mapping[str, Any], data: str) -> str:
     if 'mAP' in results:
-        return f"{results['queries']:,} queries in {results['samples']:,} images of {data} with queries."
-    return f"{results['samples']:,} images of the split '{results['split']}' of {data}."
+        return f"{results['queries']:,} queries in {results['samples']:,} images of {escape(data)} with queries."
+    return f"{results['samples']:,} images of the split '{escape(results['split'])}' of {escape(data)}."
 
 
 def write_card(directory: str | Path) -> None:
@@ -152,22 +175,23 @@ def write_card(directory: str | Path) -> None:
 
     Read are `config.json`, the weights, and where they exist `training/args.yaml`, `training/checkpoint.json`,
     `training/run.json`, and of `dreal-timm validate --results` `training/results.json`, `training/control.json` (the
-    plain network of the same settings) and `training/float32.json` (before the weights were rounded to float16).
+    plain network of the same settings) and `training/float32.json` (before the weights were rounded to float16). What
+    these files say stands in the card as text: no markup of theirs, and no number that is none.
 
     Args:
         directory: The folder, which `dreal_timm.hub.export` writes.
 
     Raises:
-        ValueError: Results are of other weights, or the control is none.
+        ValueError: Results are of other weights or no numbers, the control is none, or a file is broken.
     """
     directory = Path(directory)
     training = directory / 'training'
-    config, checkpoint = _read(directory / 'config.json'), _read(training / 'checkpoint.json')
+    config, (epoch, weights) = check_config(directory), _checkpoint(training / 'checkpoint.json')
     state = load_file(directory / 'model.safetensors')
-    results = read_results(training / 'results.json') if (training / 'results.json').is_file() else {}
+    results = _results(training / 'results.json')
     if results and results['weights_sha256'] != weights_digest(state):
         raise ValueError('The results are of other weights: validate the network that is exported.')
-    control = read_results(training / 'control.json') if (training / 'control.json').is_file() else {}
+    control, float32 = (_results(training / name, results) for name in ('control.json', 'float32.json'))
     if control:
         if not results:
             raise ValueError('A control needs results of the network to stand beside.')
@@ -175,7 +199,7 @@ def write_card(directory: str | Path) -> None:
     settings, record = training_settings(directory) or {}, training_record(directory)
     dreal = settings.get('dreal') or {}
     reinforced = bool(dreal.get('enabled', True)) if settings else None
-    name = settings.get('dataset') or ''
+    name = str(settings.get('dataset') or '')
     trained, _, data_license = _data(name) if settings else ('', '', 'not recorded')
     measured = results.get('dataset') or ''
     data, data_id, _ = _data(measured) if results else _data(name) if settings else ('', '', '')
@@ -185,38 +209,38 @@ def write_card(directory: str | Path) -> None:
     told = [(key, settings[key]) for key in _SETTINGS if settings.get(key) not in (None, '', False)]
     if reinforced:
         told += [(f'dreal.{key}', dreal[key]) for key in _REINFORCED if dreal.get(key) not in (None, '')]
-    weights = {'ema': 'a moving average of the training\'s weights', 'raw': 'the weights themselves'}
-    epoch = checkpoint.get('epoch')
     embedding = architecture == 'dreal_reid'
     task = 'image-feature-extraction' if embedding else 'image-classification'
     front = ModelCardData(
-        library_name='timm', license=(config.get('pretrained_cfg') or {}).get('license') or 'apache-2.0',
+        library_name='timm', license=plain((config.get('pretrained_cfg') or {}).get('license') or 'apache-2.0'),
         pipeline_tag=task, tags=[task, *(['person-re-identification'] if embedding else []), 'timm', 'dreal'],
         datasets=[data_id] if data_id and measured in ('', name) else None,
-        model_name=title if results else None,
+        model_name=plain(title) if results else None,
         eval_results=[
             EvalResult(
-                task, data_id or measured or 'imagefolder', data, key, results[key], metric_name=metric,
-                dataset_split=results['split'], task_name='Re-identification' if embedding else 'Image classification')
+                task, data_id or plain(measured) or 'imagefolder', plain(data), key, results[key], metric_name=metric,
+                dataset_split=plain(results['split']),
+                task_name='Re-identification' if embedding else 'Image classification')
             for key, metric in (
                 [('mAP', 'mAP (%)'), ('rank1', 'rank-1 (%)')] if embedding else
                 [('top1', 'top-1 accuracy (%)'), ('top5', 'top-5 accuracy (%)')])] if results else None,
     )
     card = ModelCard.from_template(
         front, template_str=_template().read_text(encoding='utf-8'),
-        title=title, kind=_title(architecture, None, ''), classes=config['num_classes'],
-        dataset=trained, reinforced=reinforced, architecture=architecture, parameters=f'{parameters:,}',
+        title=escape(title), kind=escape(_title(architecture, None, '')), classes=config['num_classes'],
+        dataset=escape(trained), reinforced=reinforced, architecture=code(architecture), parameters=f'{parameters:,}',
         gmacs=f'{gmacs:.3f}', input=' x '.join(map(str, size)), mode='L' if size[0] == 1 else 'RGB',
         dtype=str(next(t for t in state.values() if t.is_floating_point()).dtype).removeprefix('torch.'),
-        backbone=(config.get('model_args') or {}).get('backbone', 'dreal_cbam_resnet50'),
+        backbone=code((config.get('model_args') or {}).get('backbone', 'dreal_cbam_resnet50')),
         data_license=data_license, rows=_rows(results, control) if results else [],
         data_line=_data_line(results, data) if results else '', embedding=embedding,
         columns=[name for _, name, _ in _columns(results)],
-        notes=_notes(results, control, _read(training / 'float32.json')) if results else [],
-        control=bool(control), settings=told, summary=(training / 'summary.csv').is_file(),
+        notes=_notes(results, control, float32) if results else [],
+        control=bool(control), settings=[(key, escape(value)) for key, value in told],
+        summary=(training / 'summary.csv').is_file(),
         extra_import=', dreal_timm' if architecture.startswith('dreal_') else '',
         weights_line='' if epoch is None else
-        f"These are {weights[checkpoint['weights']]} after epoch {epoch + 1}, the checkpoint that was exported.",
+        f'These are {weights} after epoch {epoch + 1}, the checkpoint that was exported.',
         made_with=_made_with(record), cost_line=_cost(dreal.get('probe'), record, control.get('run')),
         chosen=bool(results) and epoch is not None and measured == name and settings.get('eval_metric') != 'epoch' and (
             embedding or results['split'] == settings.get('val_split')),
@@ -226,6 +250,6 @@ def write_card(directory: str | Path) -> None:
         folder = directory / '.eval_results'
         folder.mkdir(exist_ok=True)
         entries = eval_result_entries_to_yaml([EvalResultEntry(
-            data_id, 'top1', results['top1'], notes=f"split {results['split']}, {results['samples']} images")])
+            data_id, 'top1', results['top1'], notes=f"split {plain(results['split'])}, {results['samples']} images")])
         target = folder / f"{data_id.replace('/', '_')}.yaml"
         target.write_text(yaml.safe_dump(entries, sort_keys=False), encoding='utf-8')

@@ -73,8 +73,8 @@ def _check_values(config: Any) -> None:
     classes = config.get('num_classes', told.get('num_classes', 1000))  # timm's own where there is none
     if arguments.get('num_classes', classes) != classes:  # timm would build one and drop the classifier for the other
         raise ValueError(
-            f"it names {arguments['num_classes']} classes in model_args and {classes} beside them: the classifier would "
-            'start at random')
+            f"it names {arguments['num_classes']} classes in model_args and {classes} beside them: the classifier "
+            'would start at random')
     check_arguments(arguments)
     _check_preprocessing(told)
     _check_labels(config)

@@ -16,6 +16,7 @@ __all__ = ['check_front_matter', 'check_place', 'check_plain', 'read_bytes', 're
 
 _KINDS = {'p': 'a pipe', 'c': 'a device', 'b': 'a device', 'd': 'a folder', 's': 'a socket'}
 _DEEPEST = 32
+_FRONT = 2 ** 14  # characters of YAML at the head of a card
 _NODES = 10 ** 5  # of YAML, with what it refers to counted each time
 
 
@@ -143,7 +144,7 @@ def _parse_yaml(content: bytes) -> Any:
     return value
 
 
-def read_yaml(path: str | Path, limit: int = 2 ** 18) -> Any:
+def read_yaml(path: str | Path, limit: int = 2 ** 16) -> Any:
     """Return the value of a YAML file; the arguments and errors are those of `read_json`."""
     return _parse_yaml(read_bytes(path, limit))
 
@@ -151,5 +152,7 @@ def read_yaml(path: str | Path, limit: int = 2 ** 18) -> Any:
 def check_front_matter(card: str) -> None:
     """Raise a ValueError if the YAML at the head of a card cannot be read, or grows while it is."""
     found = re.match(r'\s*---\s*?\n(.*?)\n---', card.replace('\r\n', '\n'), re.DOTALL)
+    if found and len(found[1]) > _FRONT:
+        raise ValueError(f'it has {len(found[1]):,} characters, where {_FRONT:,} are the most')
     if found:
         _parse_yaml(found[1].encode())

@@ -87,11 +87,11 @@ def check_folder(directory: str | Path, everything: bool = False) -> dict[str, A
         listed = read_checksums(directory) if everything or os.path.lexists(directory / SUMS) else None
         for name in (CONFIG, weights):
             check_place(directory, name)
+        config = check_config(directory)
+        check_weights(directory, weights)
         if listed is not None:
             for name in dict.fromkeys([CONFIG, weights, *(listed if everything else ())]):
                 _compare(directory, name, listed)
-        config = check_config(directory)
-        check_weights(directory, weights)
     except WeightsError:
         raise
     except Exception as error:  # of any kind, since arguments and tensors come from files

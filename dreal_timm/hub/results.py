@@ -1,12 +1,12 @@
 """Results of a validation: bound to the weights that they were measured with by a hash"""
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+
+from dreal_timm.hub.files import read_json, read_yaml
 
 __all__ = [
     'check_control', 'read_results', 'run_settings', 'shared_settings', 'training_record', 'training_settings',
@@ -17,10 +17,12 @@ _KEYS = {
     'architecture': str, 'weights_sha256': str, 'dataset': str, 'split': str, 'samples': int,
     'loss': float, 'top1': float, 'top5': float,
 }
+_PERCENT = ('top1', 'top5', 'mAP', 'rank1', 'rank5', 'mINP')
+_LARGEST, _HUGE = 2 ** 22, 1e15  # bytes of a file; no number that is measured here is larger
 # of dreal-timm reid eval
 _REID_KEYS = {
     'architecture': str, 'weights_sha256': str, 'dataset': str, 'split': str, 'samples': int, 'settings': dict,
-    'mAP': float, 'rank1': float,
+    'queries': int, 'mAP': float, 'rank1': float, 'rank5': float, 'mINP': float,
 }
 # settings that two runs of one recipe may differ in
 _FREE = (
@@ -48,44 +50,96 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value of JSON is of a kind; a whole number is also a float, and a truth value is no number."""
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def _check_number(results: Mapping[str, Any], key: str, kind: type) -> None:
+    value = results[key]
+    if kind in (str, dict):
+        return
+    if not abs(value) <= _HUGE or (kind is int and value < 1) or (key in _PERCENT and not 0 <= value <= 100):
+        raise ValueError(f'its {key} is {value}, which is no result')
+
+
+def _check_record(record: Any) -> None:
+    """Raise a ValueError if a record of a training, or None, is not what a run writes."""
+    told = {} if record is None else record
+    rows = told.get('epochs', []) if isinstance(told, dict) else None
+    if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and isinstance(row.get('device'), str) and _is(row.get('seconds'), float)
+            and 0 <= row['seconds'] <= _HUGE for row in rows):
+        raise ValueError('its record of the training is not what a run writes (epochs with seconds and device)')
+    if not isinstance(told.get('versions') or {}, dict) or not isinstance(told.get('commit') or '', str):
+        raise ValueError('its record of the training is not what a run writes (versions, commit)')
+
+
+def _check_settings(settings: Any) -> None:
+    """Raise a ValueError if settings of a training, or None, are no table with another under `dreal`."""
+    told = {} if settings is None else settings
+    if not isinstance(told, dict) or not isinstance(told.get('dreal') or {}, dict):
+        raise ValueError('its settings of the training are no table, or `dreal` in them is none')
+
+
 def read_results(path: str | Path) -> dict[str, Any]:
     """Return what `dreal-timm validate --results` or `dreal-timm reid eval --results` wrote.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It is none of these.
+        ValueError: It is none of these, or a result is no number.
     """
     try:
-        results = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        results = read_json(path, _LARGEST)
+    except ValueError as error:
         raise ValueError(f"'{path}' is no JSON ({error}).") from error
     reid = isinstance(results, dict) and 'mAP' in results
-    for key, kind in (_REID_KEYS if reid else _KEYS).items():
-        if not isinstance(results, dict) or not isinstance(results.get(key), kind):
-            command = 'reid eval' if reid else 'validate'
+    kinds, command = (_REID_KEYS, 'reid eval') if reid else (_KEYS, 'validate')
+    for key, kind in kinds.items():
+        if not isinstance(results, dict) or not _is(results.get(key), kind):
             raise ValueError(f"'{path}' has no '{key}': write it with dreal-timm {command} --results.")
+    try:
+        for key, kind in kinds.items():
+            _check_number(results, key, kind)
+        for key in ('versions', 'settings'):
+            if key in results and not isinstance(results[key], dict):
+                raise ValueError(f'its {key} are no table')
+        _check_settings(results.get('training'))
+        _check_record(results.get('run'))
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}: write it with dreal-timm {command} --results.") from error
     return results
 
 
-def _told(path: Path) -> dict[str, Any] | None:
-    told = yaml.safe_load(path.read_text(encoding='utf-8')) if path.is_file() else None  # JSON is YAML
-    return told if isinstance(told, dict) else None
+def _told(path: Path, check: Callable[[Any], None]) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        told = read_json(path, _LARGEST) if path.suffix == '.json' else read_yaml(path)
+        check(told)
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}.") from error
+    return told
 
 
 def training_settings(directory: Path) -> dict[str, Any] | None:
-    """Return the settings (`args.yaml`) that an exported folder's network was trained with, where they are known."""
-    return _told(directory / 'training' / 'args.yaml')
+    """Return the settings (`args.yaml`) that an exported folder's network was trained with, where they are known.
+
+    Raises:
+        ValueError: The file is broken, giant, or no table.
+    """
+    return _told(directory / 'training' / 'args.yaml', _check_settings)
 
 
 def run_settings(source: Path) -> dict[str, Any] | None:
     """Return the settings that a run, a checkpoint in its folder, or what was exported of it was trained with."""
     folder = source.parent if source.is_file() else source
-    return _told(folder / 'args.yaml') or training_settings(folder)
+    return _told(folder / 'args.yaml', _check_settings) or training_settings(folder)
 
 
 def training_record(directory: Path) -> dict[str, Any] | None:
     """Return what its training was made with and how long its epochs took (`run.json`), where it is known."""
-    return _told(directory / 'training' / 'run.json')
+    return _told(directory / 'training' / 'run.json', _check_record)
 
 
 def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

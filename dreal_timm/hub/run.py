@@ -12,7 +12,9 @@ import yaml
 from timm.models import clean_state_dict, get_model_input_config
 from torch import nn
 
+from dreal_timm.hub.config import CONFIG, check_config
 from dreal_timm.hub.export import export, halved
+from dreal_timm.hub.files import read_bytes
 from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.hub.results import read_results, shared_settings
 from dreal_timm.hub.timm_run import is_timm_run, load_timm_run
@@ -72,8 +74,9 @@ def _build(run: Path) -> Any:
     if not (run / NETWORK).is_file():
         raise FileNotFoundError(f"'{run}' has no {NETWORK}, which a run writes when it starts: it is no folder of one.")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / 'config.json').write_bytes((run / NETWORK).read_bytes())
         try:
+            (Path(folder) / CONFIG).write_bytes(read_bytes(run / NETWORK, 2 ** 22))
+            check_config(folder)
             return timm.create_model(f'local-dir:{folder}', pretrained=False)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = ' '.join(str(error).split())[:200]

@@ -1,4 +1,8 @@
 """`dreal-timm push`: an exported folder to the Hugging Face Hub, in one commit"""
+import math
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -6,15 +10,25 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from dreal_timm.errors import WeightsError
+from dreal_timm.errors import WeightsError, printable
 from dreal_timm.hub.export import check_export
 from dreal_timm.hub.fetch import explain
-from dreal_timm.hub.folder import UNLISTED, check_folder, read_checksums
+from dreal_timm.hub.files import check_front_matter, read_bytes
+from dreal_timm.hub.folder import SUMS, UNLISTED, check_folder, read_checksums
+from dreal_timm.hub.shapes import read_shapes
 
 __all__ = ['Plan', 'Pushed', 'check_target', 'prepare', 'push']
 
 CARD = 'README.md'
 _OWN = ('.eval_results/', 'test/', 'training/')  # what the repository has there, and the folder has not, is removed
+_TENSORS = 'test/rand_tensors.safetensors'
+# what an export writes, and nothing else is sent
+_SENT = re.compile(
+    r'config\.json|model\.safetensors|README\.md|SHA256SUMS|test/rand_tensors\.safetensors|training/(args\.yaml|'
+    r'summary\.csv|(run|checkpoint|results|control|float32)\.json)|\.eval_results/[A-Za-z0-9_-][A-Za-z0-9_.-]*\.yaml')
+# the largest card, notes of a training and random tensors in bytes, and the numbers of a random input
+_CARD_BYTES, _NOTES, _RANDOM, _NUMBERS = 2 ** 17, 2 ** 24, 2 ** 28, 2 ** 23
+_FOREIGN = "'{}' holds {}, which was not exported: take it away, or export again."
 
 
 @dataclass(frozen=True)
@@ -77,11 +91,48 @@ def check_target(repo: str) -> None:
         raise WeightsError(f"'{repo}': there is no token: log in (hf auth login), or set HF_TOKEN.")
 
 
+def _names(directory: Path) -> Iterator[str]:
+    """Paths of what would be sent; an error at the first thing that is something else."""
+    for place in ('', *_OWN):
+        if place and not os.path.lexists(directory / place.rstrip('/')):
+            continue
+        with os.scandir(directory / place) as entries:
+            for entry in entries:
+                name = place + entry.name
+                if name == '.gitattributes':  # the Hub's own, in a folder that came from there
+                    continue
+                folder = f'{name}/' in _OWN
+                if not folder and not _SENT.fullmatch(name):
+                    raise WeightsError(_FOREIGN.format(directory, printable(name)))
+                if not (entry.is_dir(follow_symlinks=False) if folder else entry.is_file(follow_symlinks=False)):
+                    raise WeightsError(
+                        f"'{directory}', {name}: it is not what was exported, but a link or a special file.")
+                if not folder:
+                    yield name
+
+
+def _check_card(directory: Path) -> None:
+    """Raise a WeightsError if there is no card whose front matter says that timm loads the network."""
+    what = f"'{directory}', {CARD}"
+    if not (directory / CARD).is_file():
+        raise WeightsError(f'{what}: the folder has no card: export the network again.')
+    try:
+        text = read_bytes(directory / CARD, _CARD_BYTES).decode('utf-8')
+        check_front_matter(text)
+        card = ModelCard(text)
+    except Exception as error:  # of the YAML parser, the decoder, or the client's own
+        reason = ' '.join(str(error).split())[:150]
+        raise WeightsError(f'{what}: its front matter cannot be read ({reason}).') from error
+    if card.data.get('library_name') != 'timm':
+        raise WeightsError(f"{what}: its front matter must say 'library_name: timm'.")
+
+
 def prepare(directory: str | Path, repo: str) -> Plan:
     """Check an exported folder as a whole, and return what would be sent of it; no network is needed.
 
-    All files are compared with `SHA256SUMS`, which must name each of them but the card; the network is loaded, and must
-    repeat the logits that lie beside it; the card's front matter is read.
+    Sent are plain files that an export writes, by their names, and nothing else. They are compared with `SHA256SUMS`,
+    which must name each of them but the card; the network is loaded, and must repeat the logits that lie beside it; the
+    card's front matter is read.
 
     Args:
         directory: An exported folder.
@@ -89,41 +140,41 @@ def prepare(directory: str | Path, repo: str) -> Plan:
 
     Raises:
         FileNotFoundError: No such folder.
-        ValueError: The name is none of a repository, or the folder holds what was not exported.
-        WeightsError: The folder is not what was exported.
+        ValueError: The name is none of a repository.
+        WeightsError: The folder is not what was exported, holds more than that, or has no card.
     """
     directory = Path(directory)
     _check_name(repo)
     if not directory.is_dir():
         raise FileNotFoundError(f"No folder '{directory}'.")
-    check_folder(directory, everything=True)
+    names = sorted(_names(directory))
     listed = read_checksums(directory)
-    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob('*') if not path.is_dir())
-    names = [name for name in names if name != '.gitattributes']  # the Hub's own, in a folder that came from there
+    foreign = [name for name in listed if not _SENT.fullmatch(name) or name in UNLISTED]
+    if foreign:
+        raise WeightsError(f"'{directory}', {SUMS}: it names {foreign[0]}, which no export writes: export again.")
     foreign = [name for name in names if name not in listed and name not in UNLISTED]
     if foreign:
-        raise ValueError(f"'{directory}' holds {foreign[0]}, which was not exported: take it away, or export again.")
+        raise WeightsError(_FOREIGN.format(directory, foreign[0]))
+    for name in names:
+        if name.startswith(_OWN) and (directory / name).stat().st_size > (_RANDOM if name == _TENSORS else _NOTES):
+            raise WeightsError(f"'{directory}', {name}: it is larger than what an export writes: export again.")
+    check_folder(directory, everything=True)
+    _check_card(directory)
     try:
+        size = read_shapes(directory / _TENSORS)['input'][1]
+        if math.prod(size) > _NUMBERS:
+            raise ValueError(f'{_TENSORS} has an input of {size}, which is too large to try')
         check_export(directory)
     except Exception as error:  # of any kind, since the tensors come from a file
         raise WeightsError(f"'{directory}': {' '.join(str(error).split())[:200]}") from error
-    if CARD in names:
-        try:
-            card = ModelCard((directory / CARD).read_text(encoding='utf-8'))
-        except Exception as error:  # of the YAML parser, the decoder, or the client's own
-            reason = ' '.join(str(error).split())[:150]
-            raise WeightsError(f"'{directory}', {CARD}: its front matter cannot be read ({reason}).") from error
-        if card.data.get('library_name') != 'timm':
-            raise WeightsError(f"'{directory}', {CARD}: its front matter must say 'library_name: timm'.")
     sizes = {name: (directory / name).stat().st_size for name in names}
-    if CARD in sizes:
-        sizes[CARD] = len(_card(directory, repo))
+    sizes[CARD] = len(_card(directory, repo))
     return Plan(directory, repo, sizes)
 
 
 def _card(directory: Path, repo: str) -> bytes:
     """The card, whose lines of use name the repository."""
-    return (directory / CARD).read_bytes().replace(b'hf-hub:USER/NAME', f'hf-hub:{repo}'.encode())
+    return read_bytes(directory / CARD, _CARD_BYTES).replace(b'hf-hub:USER/NAME', f'hf-hub:{repo}'.encode())
 
 
 def _stale(plan: Plan, present: set[str]) -> list[CommitOperationDelete]:

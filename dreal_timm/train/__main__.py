@@ -1,5 +1,4 @@
 """`accelerate launch -m dreal_timm.train RECIPE [key=value ...]`"""
-import logging
 import sys
 
 
@@ -8,16 +7,16 @@ def _main(arguments: list[str], debug: bool) -> int:
     from accelerate import PartialState
 
     from dreal_timm.errors import one_line, was_interrupted
+    from dreal_timm.terminal import set_up_log, visible_output
     from dreal_timm.train import describe, load_config, run
     from dreal_timm.train.launch import fast_kernels
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    for name in ('timm', 'accelerate'):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    set_up_log()
     fast_kernels()
     try:
-        results = run(load_config(arguments[0], arguments[1:]))
-        if PartialState().is_main_process:
-            print(describe(results))
+        with visible_output():
+            results = run(load_config(arguments[0], arguments[1:]))
+            if PartialState().is_main_process:
+                print(describe(results))
     except Exception as error:  # one line for whatever goes wrong, as `dreal-timm train`
         if was_interrupted(error):
             raise KeyboardInterrupt from None

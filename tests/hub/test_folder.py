@@ -89,7 +89,7 @@ def test_a_config_fetches_and_opens_nothing(hub, embedding, tmp_path, values):
 
 
 def test_python_may_fetch(embedding, tmp_path):
-    """In Python a backbone starts from a file, also one of a folder's network, and its export loads without the file."""
+    """In Python a backbone starts from a file, of a folder's network too, and its export loads without the file."""
     plain = timm.create_model('test_resnet')
     told = {'checkpoint_path': weights_of(timm.create_model('test_resnet', num_classes=0), tmp_path / 'a.pth')}
     given = {'pretrained': True, 'pretrained_cfg': {
@@ -107,7 +107,7 @@ def test_python_may_fetch(embedding, tmp_path):
 
 
 def test_a_backbone_from_a_folder_is_exported_by_its_architecture(classifier, tmp_path):
-    """What a folder's config told of the backbone stands in the new folder's config, which needs the old one no more."""
+    """What a folder's config told of the backbone stands in the new config, which does not need the old one."""
     source = shutil.copytree(classifier, tmp_path / 'source')
     model = timm.create_model('dreal_reid', backbone=f'local-dir:{source}', backbone_args={'pretrained': True})
     folder = export(model, tmp_path / 'net', data_config=DATA)
