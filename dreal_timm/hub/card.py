@@ -54,7 +54,8 @@ def _data(name: str) -> tuple[str, str, str]:
     kind, _, rest = name.partition('/')
     if name in ('reid/csv', 'reid/folders'):
         rest = 'a set of identities of its own'
-    hub = kind in ('hfds', 'hfids') and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', rest, re.ASCII)
+    hub = kind in ('hfds', 'hfids') and all(
+        re.fullmatch(r'[A-Za-z0-9][\w.-]{0,95}', part, re.ASCII) for part in rest.split('/', 1))
     return (rest or 'an image folder', rest if hub else '', 'not recorded')
 
 

@@ -1,7 +1,9 @@
 """Cards: what they tell was measured of these weights"""
 import json
 import re
+import shutil
 import statistics
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from small_run import recipe, write_images
 
 from dreal_timm.cli import main
 from dreal_timm.hub import export, export_run, weights_digest
+from dreal_timm.hub.card import write_card
 from dreal_timm.hub.results import check_control, read_results
 from dreal_timm.train.validate import validate
 
@@ -189,3 +192,108 @@ def test_digest(tmp_path):
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
     assert digest != weights_digest(model.state_dict())
+
+
+HOSTILE = (
+    '<img src=x onerror=alert(1)>', '[here](http://127.0.0.1/a)', 'a | b | c', '`` ` x', '*a* __b__ ~~c~~',
+    'a\n\n# b\n---\n', '![x](y)', 'https://127.0.0.1/a', 'www.example.org', 'mail@example.org', '\x1b[31mred',
+    '\u202eltr', '&lt;b&gt;', '$x$', '#1', '{{ 7 * 7 }}', '{% raw %}', 'a\x00b', "': x", '\\[a](b)', 'x' * 5000)
+
+
+class Tags(HTMLParser):
+    """The tags of a text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append(tag)
+
+
+def told_card(folder, text):
+    """The card of a folder where whatever a file can say is this text, and its front matter."""
+    training = folder / 'training'
+    training.mkdir(exist_ok=True)
+    record = {'versions': {text: text}, 'commit': text, 'epochs': [{'epoch': 0, 'seconds': 1.5, 'device': text}]}
+    results = {
+        'dataset': f'hfds/{text}', 'split': text, 'samples': 40, 'loss': 1.5, 'top1': 25.0, 'top5': 75.0,
+        'architecture': 'test_resnet', 'weights_sha256': weights_digest(load_file(folder / 'model.safetensors')),
+        'versions': {text: text}, 'settings': {text: text}, 'training': {'opt': text, 'dreal': {'enabled': True}}}
+    control = results | {'training': {'opt': text, 'dreal': {'enabled': False}}, 'run': record}
+    told = {
+        'results.json': results, 'control.json': control, 'float32.json': results, 'run.json': record,
+        'checkpoint.json': {'epoch': 4, 'weights': 'raw'}}
+    for name, value in told.items():
+        (training / name).write_text(json.dumps(value))
+    (training / 'args.yaml').write_text(yaml.safe_dump({
+        'dataset': text, 'opt': text, 'aa': text, 'lr': [text], 'sched': {text: text},
+        'dreal': {'probe': text, 'backbone': text}}))
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg']['license'] = text
+    (folder / 'config.json').write_text(json.dumps(config))
+    write_card(folder)
+    card = (folder / 'README.md').read_text()
+    head, body = card.removeprefix('---\n').split('\n---\n', 1)
+    return yaml.safe_load(head), body
+
+
+@pytest.fixture(scope='module')
+def plain_folder(tmp_path_factory):
+    return export(make_model(), tmp_path_factory.mktemp('plain') / 'net', data_config={'input_size': (3, 64, 64)})
+
+
+@pytest.mark.parametrize('text', HOSTILE)
+def test_values_of_files_are_text(plain_folder, tmp_path, text):
+    """What files say adds no line, cell, tag, link, span of code or control character to a card; YAML gives it back."""
+    head, expected = told_card(shutil.copytree(plain_folder, tmp_path / 'plain'), 'abc')
+    hostile, body = told_card(shutil.copytree(plain_folder, tmp_path / 'hostile'), text)
+    lines, wanted = body.splitlines(), expected.splitlines()
+    assert len(lines) == len(wanted)
+    assert Tags(body).found == Tags(expected).found == []
+    for line, other in zip(lines, wanted, strict=True):
+        assert line.isprintable()
+        shown = re.sub(r'\\[!-/:-@\[-`{-~]', '', line)  # without what is escaped,
+        outside = re.sub(r'`[^`]*`', '', shown)  # and without spans of code
+        assert shown.count('|') == other.count('|')
+        if line != other:
+            assert not re.search(r'[\[\]*~`$]|://|www\.|@|^#[^ ]|\b_|_\b', outside), line
+    assert hostile.keys() - {'datasets'} == head.keys() - {'datasets'}
+    entry, = hostile['model-index']
+    shown = ' '.join(text[:300].split())
+    found = entry['results'][0]['dataset']['split']
+    assert found == ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in shown)
+    assert hostile['license'] == found
+
+
+@pytest.mark.parametrize('change', [
+    {'top1': float('nan')}, {'top1': float('inf')}, {'top1': '90'}, {'top1': 101.0}, {'top5': -1.0}, {'top1': True},
+    {'loss': float('nan')}, {'loss': 10 ** 400}, {'samples': 0}, {'samples': True}, {'samples': 4.5}, {'versions': 'x'},
+    {'run': {'epochs': [{'seconds': 'x', 'device': 'cpu'}]}}, {'run': {'epochs': [{'seconds': float('nan')}]}},
+    {'run': []}, {'training': {'dreal': 'x'}}, {'training': [1]}, {'settings': 'x'}, {'mAP': 50.0, 'rank1': 50.0},
+])
+def test_results_that_are_no_numbers(plain_folder, tmp_path, change):
+    """A result that is no number, or a record that no run writes, is refused by its file: no card tells it."""
+    folder = shutil.copytree(plain_folder, tmp_path / 'net')
+    told_card(folder, 'abc')
+    before = (folder / 'README.md').read_bytes()
+    file = folder / 'training' / 'results.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        write_card(folder)
+    assert (folder / 'README.md').read_bytes() == before
+
+
+@pytest.mark.parametrize(('name', 'content'), [
+    ('float32.json', '{"top1": "x"}'), ('checkpoint.json', '{"epoch": "x", "weights": "raw"}'),
+    ('checkpoint.json', '{"epoch": 1, "weights": "<b>"}'), ('checkpoint.json', '[]'), ('run.json', '{"epochs": 7}'),
+    ('args.yaml', 'dreal: [1]'), ('args.yaml', 'a: &a {x: 1}\nb: {<<: *a}'), ('args.yaml', 'a: ['), ('run.json', '{'),
+])
+def test_files_that_no_run_writes(plain_folder, tmp_path, name, content):
+    """A broken file beside the network is an error that names it."""
+    folder = shutil.copytree(plain_folder, tmp_path / 'net')
+    told_card(folder, 'abc')
+    (folder / 'training' / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        write_card(folder)
