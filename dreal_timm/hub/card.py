@@ -19,7 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreal_timm.hub.config import check_config
 from dreal_timm.hub.files import read_json
 from dreal_timm.hub.markdown import code, escape, plain
-from dreal_timm.hub.results import check_control, read_results, training_record, training_settings, weights_digest
+from dreal_timm.hub.results import (
+    check_control,
+    is_reinforced,
+    read_results,
+    training_record,
+    training_settings,
+    weights_digest,
+)
 
 __all__ = ['write_card']
 
@@ -150,6 +157,16 @@ def _made_with(record: Any) -> str:
     return f"Trained with {', '.join(versions)}{f', commit {code(commit[:12])}' if commit else ''}." if versions else ''
 
 
+def _changed(record: Any, epoch: int | None) -> list[str]:
+    """Settings that changed before an epoch, a line for each time."""
+    rows = [row for row in (record or {}).get('changes') or () if epoch is None or row['epoch'] <= epoch]
+    return [
+        f'From epoch {row["epoch"] + 1} on ' + ', '.join(
+            f'{code(str(name))} {code(str(after))} (before {code(str(before))})'
+            for name, (before, after) in row['settings'].items()) + '.'
+        for row in rows]
+
+
 def _cost(probe: Any, record: Any, control: Any) -> str:
     """What the training cost, beside the plain network's where both were timed on one device."""
     line = f"What a step costs beyond plain training: {_PASSES.get(str(probe), 'the probe')}, and the critic. "
@@ -199,7 +216,7 @@ def write_card(directory: str | Path) -> None:
         check_control(results, control)
     settings, record = training_settings(directory) or {}, training_record(directory)
     dreal = settings.get('dreal') or {}
-    reinforced = bool(dreal.get('enabled', True)) if settings else None
+    reinforced = is_reinforced(settings) if settings else None
     name = str(settings.get('dataset') or '')
     trained, _, data_license = _data(name) if settings else ('', '', 'not recorded')
     measured = results.get('dataset') or ''
@@ -242,7 +259,8 @@ def write_card(directory: str | Path) -> None:
         extra_import=', dreal_timm' if architecture.startswith('dreal_') else '',
         weights_line='' if epoch is None else
         f'These are {weights} after epoch {epoch + 1}, the checkpoint that was exported.',
-        made_with=_made_with(record), cost_line=_cost(dreal.get('probe'), record, control.get('run')),
+        made_with=_made_with(record), changes=_changed(record, epoch),
+        cost_line=_cost(dreal.get('probe'), record, control.get('run')),
         chosen=bool(results) and epoch is not None and measured == name and settings.get('eval_metric') != 'epoch' and (
             embedding or results['split'] == settings.get('val_split')),
     )

@@ -9,8 +9,8 @@ import torch
 from dreal_timm.hub.files import read_json, read_yaml
 
 __all__ = [
-    'check_control', 'read_results', 'run_settings', 'shared_settings', 'training_record', 'training_settings',
-    'weights_digest',
+    'check_control', 'is_reinforced', 'read_results', 'run_settings', 'shared_settings', 'training_record',
+    'training_settings', 'weights_digest',
 ]
 
 _KEYS = {
@@ -71,6 +71,12 @@ def _check_record(record: Any) -> None:
             isinstance(row, dict) and isinstance(row.get('device'), str) and _is(row.get('seconds'), float)
             and 0 <= row['seconds'] <= _HUGE for row in rows):
         raise ValueError('its record of the training is not what a run writes (epochs with seconds and device)')
+    changes = told.get('changes') or []
+    if not isinstance(changes, list) or not all(
+            isinstance(row, dict) and _is(row.get('epoch'), int) and row['epoch'] >= 0
+            and isinstance(row.get('settings'), dict)
+            and all(isinstance(pair, list) and len(pair) == 2 for pair in row['settings'].values()) for row in changes):
+        raise ValueError('its record of the training is not what a run writes (changes with epoch and settings)')
     if not isinstance(told.get('versions') or {}, dict) or not isinstance(told.get('commit') or '', str):
         raise ValueError('its record of the training is not what a run writes (versions, commit)')
 
@@ -142,6 +148,23 @@ def training_record(directory: Path) -> dict[str, Any] | None:
     return _told(directory / 'training' / 'run.json', _check_record)
 
 
+def is_reinforced(settings: Mapping[str, Any]) -> bool:
+    """Return whether a training with these settings was reinforced; those of timm's train.py have no `dreal`."""
+    dreal = settings.get('dreal')
+    return dreal is not None and bool(dreal.get('enabled', True))
+
+
+def _relevant_changes(record: Any) -> list[Any]:
+    """What changed while a network was trained, but for what two runs may differ in."""
+    rows = []
+    for row in (record or {}).get('changes') or ():
+        settings = {
+            name: pair for name, pair in row['settings'].items()
+            if name not in _FREE and not name.startswith('dreal.')}
+        rows += [[row['epoch'], settings]] if settings else []
+    return rows
+
+
 def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of a training without the paths of the machine and the arguments of its trackers."""
     return {key: value for key, value in settings.items() if key not in _PRIVATE}
@@ -156,18 +179,18 @@ def check_control(results: Mapping[str, Any], control: Mapping[str, Any]) -> Non
     trained, plain = results.get('training'), control.get('training')
     if not trained or not plain:
         raise ValueError('control: results tell of no training settings: validate the folders that the runs exported.')
-    if plain.get('dreal', {}).get('enabled', True):
+    if is_reinforced(plain):
         raise ValueError('control: it was reinforced too: train it with dreal.enabled=false.')
     own, other = trained.get('dreal') or {}, plain.get('dreal') or {}
+    changes = [_relevant_changes(told.get('run')) for told in (results, control)]
+    if changes[0] != changes[1]:
+        raise ValueError(
+            f'control: settings changed while it was trained ({changes[1] or "none"}), and not as those of the network '
+            f'({changes[0] or "none"}).')
     for key in _SHARED:
         if key in own and key in other and own[key] != other[key]:
             raise ValueError(
                 f'control: it was trained with dreal.{key} {other[key]!r}, and not {own[key]!r} as the network.')
-    changes = [(told.get('run') or {}).get('changes') or [] for told in (results, control)]
-    if changes[0] != changes[1]:
-        raise ValueError(
-            f'control: its settings changed during its training otherwise ({changes[1]}) than the network\'s '
-            f'({changes[0]}).')
     for key in sorted(trained.keys() | plain.keys()):
         if key not in _FREE and trained.get(key) != plain.get(key):
             raise ValueError(

@@ -1,5 +1,4 @@
 """The data sets of a run, and which of their classes is which output of the network"""
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,13 @@ from timm.models import get_model_input_config
 
 from dreal_timm.data.classes import class_names, match_classes, names_of_config, network_names, relabel
 from dreal_timm.data.opening import open_dataset
+from dreal_timm.hub.files import read_json
 from dreal_timm.hub.run import NETWORK
 
 __all__ = ['build_dataset', 'check_labels', 'check_same_classes', 'data_config', 'options', 'settle_classes']
 
 _logger = logging.getLogger(__name__)
+_LARGEST = 4 << 20  # bytes of a config
 
 
 def data_config(config: SimpleNamespace, model: Any) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _told_beside(path: Path) -> list[str] | None:
     """Names of the classes out of the config of an exported folder, or of a run, that a file lies in."""
     for name in ('config.json', NETWORK):
         try:
-            config = json.loads((path.parent / name).read_text(encoding='utf-8'))
+            config = read_json(path.parent / name, _LARGEST)
         except (OSError, ValueError):
             continue
         if isinstance(config, dict):

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import statistics
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -154,6 +155,32 @@ def test_what_is_no_control(results, change, message):
         check_control(told, {**plain, **change})
 
 
+@pytest.mark.parametrize(('own', 'others', 'same'), [
+    ({'lr': [0.1, 0.2]}, {}, False), ({}, {'lr': [0.1, 0.2]}, False), ({'lr': [0.1, 0.2]}, {'lr': [0.1, 0.3]}, False),
+    ({'lr': [0.1, 0.2]}, {'lr': [0.1, 0.2]}, True), ({'dreal.gamma': [1, 2], 'workers': [1, 2]}, {}, True),
+])
+def test_a_control_changed_as_the_network_did(results, own, others, same):
+    """A run that went on with other settings has a control that did so from the same epoch on."""
+    told, plain = (read_results(path) for path in results)
+    for found, settings in ((told, own), (plain, others)):
+        found['run'] = {'changes': [{'epoch': 1, 'settings': settings}]} if settings else None
+    with nullcontext() if same else pytest.raises(ValueError, match='settings changed'):
+        check_control(told, plain)
+
+
+def test_a_card_tells_changed_settings(runs, tmp_path):
+    """The card says from which epoch on which settings were others, up to the epoch that is exported."""
+    source = shutil.copytree(runs / 'reinforced', tmp_path / 'run')
+    record = json.loads((source / 'run.json').read_text())
+    record['changes'] = [
+        {'epoch': 0, 'settings': {'lr': [0.05, 0.01]}}, {'epoch': 40, 'settings': {'momentum': [0.9, 0.5]}}]
+    (source / 'run.json').write_text(json.dumps(record))
+    export_run(source, tmp_path / 'out')
+    text = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'From epoch 1 on `lr` `0.01` (before `0.05`).' in text
+    assert 'momentum` `0.5`' not in text
+
+
 def test_control_needs_results(runs, results, tmp_path, capsys):
     """A control alone is refused."""
     assert main(['export', str(runs / 'reinforced'), str(tmp_path / 'out'), '--control', str(results[1])]) == 2
@@ -216,7 +243,9 @@ def told_card(folder, text):
     """The card of a folder where whatever a file can say is this text, and its front matter."""
     training = folder / 'training'
     training.mkdir(exist_ok=True)
-    record = {'versions': {text: text}, 'commit': text, 'epochs': [{'epoch': 0, 'seconds': 1.5, 'device': text}]}
+    record = {
+        'versions': {text: text}, 'commit': text, 'epochs': [{'epoch': 0, 'seconds': 1.5, 'device': text}],
+        'changes': [{'epoch': 1, 'settings': {f'dreal.{text}': [text, text]}}]}
     results = {
         'dataset': f'hfds/{text}', 'split': text, 'samples': 40, 'loss': 1.5, 'top1': 25.0, 'top5': 75.0,
         'architecture': 'test_resnet', 'weights_sha256': weights_digest(load_file(folder / 'model.safetensors')),
@@ -271,6 +300,8 @@ def test_values_of_files_are_text(plain_folder, tmp_path, text):
     {'top1': float('nan')}, {'top1': float('inf')}, {'top1': '90'}, {'top1': 101.0}, {'top5': -1.0}, {'top1': True},
     {'loss': float('nan')}, {'loss': 10 ** 400}, {'samples': 0}, {'samples': True}, {'samples': 4.5}, {'versions': 'x'},
     {'run': {'epochs': [{'seconds': 'x', 'device': 'cpu'}]}}, {'run': {'epochs': [{'seconds': float('nan')}]}},
+    {'run': {'changes': 3}}, {'run': {'changes': [{'epoch': 0}]}},
+    {'run': {'changes': [{'epoch': 0, 'settings': {'a': 1}}]}},
     {'run': []}, {'training': {'dreal': 'x'}}, {'training': [1]}, {'settings': 'x'}, {'mAP': 50.0, 'rank1': 50.0},
 ])
 def test_results_that_are_no_numbers(plain_folder, tmp_path, change):
