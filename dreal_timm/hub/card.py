@@ -246,7 +246,8 @@ def write_card(directory: str | Path) -> None:
     card = ModelCard.from_template(
         front, template_str=_template().read_text(encoding='utf-8'),
         title=escape(title), kind=escape(_title(architecture, None, '')), classes=config['num_classes'],
-        dataset=escape(trained), reinforced=reinforced, architecture=code(architecture), parameters=f'{parameters:,}',
+        dataset=escape(trained), reinforced=reinforced, ours='dreal' in settings, architecture=code(architecture),
+        parameters=f'{parameters:,}',
         gmacs=f'{gmacs:.3f}', input=' x '.join(map(str, size)), mode='L' if size[0] == 1 else 'RGB',
         dtype=str(next(t for t in state.values() if t.is_floating_point()).dtype).removeprefix('torch.'),
         backbone=code((config.get('model_args') or {}).get('backbone', 'dreal_cbam_resnet50')),

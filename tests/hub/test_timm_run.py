@@ -147,7 +147,8 @@ def test_it_is_exported_and_inspected(images, tmp_path, capsys):
         with torch.no_grad():
             assert torch.allclose(loaded(image), model(image), rtol=1e-4, atol=1e-5)
         assert (list(loaded.pretrained_cfg['mean']), loaded.pretrained_cfg['num_classes']) == ([0.4], 3)
-    assert 'einforced' not in (tmp_path / 'raw' / 'README.md').read_text()
+    card = (tmp_path / 'raw' / 'README.md').read_text()
+    assert "trained plainly, without reinforcement, with timm's `train.py`" in card and 'were reinforced' not in card
     told = yaml.safe_load((tmp_path / 'raw' / 'training' / 'args.yaml').read_text())
     assert told['lr'] == 0.1 and 'data_dir' not in told and 'data' not in told
     assert all(
