@@ -55,11 +55,14 @@ def _validate(args: argparse.Namespace) -> None:
 def _build(name: str, options: dict[str, Any]) -> Any:
     import timm
     import torch
-    try:
-        with torch.device('meta'):
+
+    from dreal_timm.hub.shapes import bounded
+    with bounded():
+        try:
+            with torch.device('meta'):
+                return timm.create_model(name, **options)
+        except (NotImplementedError, RuntimeError):  # one that computes while it is built
             return timm.create_model(name, **options)
-    except (NotImplementedError, RuntimeError):  # one that computes while it is built
-        return timm.create_model(name, **options)
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    scratch = path.with_name(f'{path.name}.tmp')
+    scratch = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         scratch.write_text(text, encoding='utf-8', newline='')
         os.replace(scratch, path)

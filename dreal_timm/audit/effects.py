@@ -118,7 +118,7 @@ class Auditor:
             target: Class indices, (B,).
 
         Raises:
-            ValueError: The network has not so many classes.
+            ValueError: The network has not so many classes, or gives logits that are no numbers.
         """
         needed = {name for restart in self.restarts.values() if restart is not None for name in restart.inputs}
         watched = self.sites if self.critic is None else [site for group in self.groups for site in group.sites]
@@ -132,6 +132,8 @@ class Auditor:
                 raise ValueError(
                     f'Class indices lie from {int(target.min())} to {int(target.max())}, but the network has '
                     f'{logits.shape[1]} classes.')
+            if not logits.isfinite().all():
+                raise ValueError('The network gives logits that are no numbers: it cannot be audited.')
             quality = self._judge(readings)
         draws.after = rng_state(images.device)
         judged = Judged(images, norms, draws, kept)

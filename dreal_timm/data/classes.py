@@ -6,7 +6,10 @@ from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-__all__ = ['ClassesError', 'Match', 'class_names', 'match_classes', 'names_of_config', 'network_names', 'relabel']
+__all__ = [
+    'ClassesError', 'Match', 'class_names', 'index_names', 'match_classes', 'names_of_config', 'network_names',
+    'relabel', 'same_name',
+]
 
 
 class ClassesError(ValueError):
@@ -31,8 +34,17 @@ class Match:
         return {'by': self.by, 'absent': self.absent}
 
 
-def _same(name: Any) -> str:
+def same_name(name: Any) -> str:
+    """Return a name as it is compared: accents have one form."""
     return unicodedata.normalize('NFC', str(name))  # file systems differ in it
+
+
+def index_names(known: Mapping[Any, Any]) -> list[str]:
+    """Return names in the order of their indices: several of one index joined with a comma, 'class N' for none."""
+    joined: dict[int, str] = {}
+    for name, index in known.items():
+        joined[int(index)] = f'{joined[int(index)]}, {name}' if int(index) in joined else str(name)
+    return [joined.get(index, f'class {index}') for index in range(max(joined) + 1)]
 
 
 def class_names(dataset: Any) -> list[str] | None:
@@ -51,10 +63,7 @@ def class_names(dataset: Any) -> list[str] | None:
         or getattr(dataset, 'class_to_idx', None))
     if not isinstance(known, Mapping) or not known:
         return None
-    joined: dict[int, str] = {}
-    for name, index in known.items():
-        joined[int(index)] = f'{joined[int(index)]}, {name}' if int(index) in joined else str(name)
-    return [joined.get(index, f'class {index}') for index in range(max(joined) + 1)]
+    return index_names(known)
 
 
 def names_of_config(config: Mapping[str, Any]) -> list[str] | None:
@@ -83,13 +92,13 @@ def network_names(model: Any) -> list[list[str]]:
 def _unique(names: Sequence[str]) -> dict[str, int]:
     """Index of each name that is there once."""
     found: dict[str, int] = {}
-    for index, name in enumerate(map(_same, names)):
+    for index, name in enumerate(map(same_name, names)):
         found[name] = -1 if name in found else index
     return {name: index for name, index in found.items() if index >= 0}
 
 
 def _by_names(names: Sequence[str], outputs: Mapping[str, int], num_classes: int, by: str) -> Match:
-    indices = tuple(outputs[_same(name)] for name in names)
+    indices = tuple(outputs[same_name(name)] for name in names)
     return Match(by, None if indices == tuple(range(len(names))) else indices, num_classes - len(set(indices)))
 
 
@@ -120,10 +129,11 @@ def match_classes(
     if class_map is not None:
         if names is None:
             raise ClassesError('class_map: the data set has no names of classes to map.')
-        missing = [name for name in names if name not in class_map]
+        outputs = {same_name(name): index for name, index in class_map.items()}
+        missing = [name for name in names if same_name(name) not in outputs]
         if missing:
             raise ClassesError(f"class_map: it does not name {', '.join(missing[:3])}.")
-        return _by_names(names, {_same(name): index for name, index in class_map.items()}, num_classes, 'map')
+        return _by_names(names, outputs, num_classes, 'map')
     if by_order or names is None or not known:
         if names is not None and len(names) != num_classes:
             raise ClassesError(
@@ -132,10 +142,10 @@ def match_classes(
         return Match('order')
     for scheme in known:
         outputs = _unique(scheme)
-        if all(_same(name) in outputs for name in names):
+        if all(same_name(name) in outputs for name in names):
             return _by_names(names, outputs, num_classes, 'name')
     outputs = _unique(known[0])
-    strange = [name for name in names if _same(name) not in outputs]
+    strange = [name for name in names if same_name(name) not in outputs]
     raise ClassesError(
         f'{len(strange)} of the {len(names)} classes of the data set ({", ".join(strange[:3])}) are none of the '
         f'network ({", ".join(map(str, known[0][:3]))}, ...): {hint}.')
@@ -151,6 +161,8 @@ class _Label:
 
     def __call__(self, target: Any) -> Any:
         target = target if self.inner is None else self.inner(target)
+        if isinstance(target, str):
+            raise ValueError(f"Label '{target}' is a text: class_map=FILE gives each of them its number.")
         if self.outputs is not None and 0 <= int(target) < len(self.outputs):
             target = self.outputs[int(target)]
         if not 0 <= int(target) < self.num_classes:

@@ -9,7 +9,9 @@ from PIL import Image
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 
-__all__ = ['empty_classes', 'every_extension', 'read_class_map', 'tidy']
+from dreal_timm.data.classes import same_name
+
+__all__ = ['check_tar', 'empty_classes', 'every_extension', 'read_class_map', 'tidy']
 
 _MORE = ('.bmp', '.webp')  # that timm leaves out
 _NOT_BY_PIL = ('.heic', '.heif', '.avif', '.jxl')
@@ -41,7 +43,8 @@ def read_class_map(class_map: str | Mapping[str, int], root: str = '') -> dict[s
         raise ValueError(f'class_map: {error}.') from None
     except Exception as error:  # of pickle or the decoder
         raise ValueError(f"class_map: '{class_map}' cannot be read ({' '.join(str(error).split())[:100]}).") from error
-    names = {str(name): index for name, index in found.items() if name != ''}
+    # a mark of Windows' editors is no part of the first name
+    names = {same_name(str(name).removeprefix('\ufeff')): index for name, index in found.items() if name != ''}
     if not names or not all(isinstance(index, int) and 0 <= index < 1_000_000 for index in names.values()):
         raise ValueError(f"class_map: '{class_map}' does not give each class a number from 0 on.")
     return names
@@ -81,7 +84,7 @@ def tidy(reader: Any, extensions: str | None, class_map: Mapping[str, int] | Non
         if not file.lower().endswith(types):
             extension = os.path.splitext(file)[1].lower()
             other[extension] = other.get(extension, 0) + 1
-        elif class_map is not None and name not in class_map:
+        elif class_map is not None and same_name(name) not in class_map:
             unnamed[name] = unnamed.get(name, 0) + 1
         elif not folder:
             raise ValueError(f"'{path}' lies beside the folders of the classes, and is of none: take it away.")
@@ -104,9 +107,9 @@ def tidy(reader: Any, extensions: str | None, class_map: Mapping[str, int] | Non
     filled = {name for _, name in kept}
     if class_map is None:
         ordered = [name for name in reader.class_to_idx if name in filled]
-        class_map = {name: index for index, name in enumerate(ordered)}
+        class_map = {same_name(name): index for index, name in enumerate(ordered)}
     reader.class_to_idx = dict(class_map)
-    reader.samples = [(path, class_map[name]) for path, name in kept]
+    reader.samples = [(path, class_map[same_name(name)]) for path, name in kept]
 
 
 def empty_classes(reader: Any) -> list[str]:
@@ -115,3 +118,20 @@ def empty_classes(reader: Any) -> list[str]:
     filled = {os.path.relpath(path, root).split(os.sep, 1)[0] for path, _ in reader.samples}
     folders = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith('.'))
     return [name for name in folders if name not in filled]
+
+
+def check_tar(reader: Any) -> None:
+    """Raise a ValueError if folders of a tar would become one class, or an image lies in no class.
+
+    Args:
+        reader: timm's, of a tar.
+    """
+    places: dict[int, str] = {}
+    for (info, tar, _), target in zip(reader.samples, reader.targets, strict=True):
+        folder = f"{tar or ''}/{os.path.dirname(info.path)}".strip('/.')
+        if not folder:
+            raise ValueError(f"'{reader.root}': {info.path} lies beside the folders of the classes, and is of none.")
+        if places.setdefault(int(target), folder) != folder:
+            raise ValueError(
+                f"'{reader.root}': the folders '{places[int(target)]}' and '{folder}' would be one class. Give them "
+                'names of their own.')

@@ -9,7 +9,7 @@ from typing import Any
 from timm.data import ImageDataset, create_dataset
 
 from dreal_timm.data.classes import Match, class_names, match_classes, network_names, relabel
-from dreal_timm.data.folders import empty_classes, every_extension, read_class_map, tidy
+from dreal_timm.data.folders import check_tar, empty_classes, every_extension, read_class_map, tidy
 from dreal_timm.data.images import ImageSet, read_image
 from dreal_timm.errors import nearest
 
@@ -49,7 +49,9 @@ def _kind(name: str, root: str, class_map: Any, download: bool) -> str:
 def _open_folder(name: str, root: str, split: str, extensions: str | None, class_map: Any, **options: Any) -> Any:
     """Open an image folder, or a tar of images."""
     if Path(root).is_file():
-        return create_dataset(name, root=root, split=split, class_map=class_map or None, **options)
+        dataset = create_dataset(name, root=root, split=split, class_map=class_map or None, **options)
+        check_tar(dataset.reader)
+        return dataset
     dataset = create_dataset(name, root=root, split=split, input_key=every_extension(), **options)
     folder = str(dataset.reader.root)
     if Path(folder) == Path(root) and split:

@@ -88,7 +88,7 @@ def check_folder(directory: str | Path, everything: bool = False) -> dict[str, A
         for name in (CONFIG, weights):
             check_place(directory, name)
         config = check_config(directory)
-        check_weights(directory, weights)
+        check_weights(directory, weights, exported=listed is not None)
         if listed is not None:
             for name in dict.fromkeys([CONFIG, weights, *(listed if everything else ())]):
                 _compare(directory, name, listed)

@@ -14,6 +14,7 @@ from dreal_timm.hub.config import CONFIG, check_config
 from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.fetch import WEIGHTS_FILES, fetch
 from dreal_timm.hub.folder import check_folder
+from dreal_timm.hub.shapes import bounded
 from dreal_timm.models.releases import find_release
 
 __all__ = ['check_model_name', 'fetch_network', 'load', 'read_checkpoint', 'timm_name']
@@ -123,7 +124,8 @@ def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
     if not {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'} & kwargs.keys():
         fetch_network(name, weights=not checkpoint)
     try:
-        return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None, **kwargs)
+        with bounded():
+            return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None, **kwargs)
     except Exception as error:  # of any kind, since arguments come from a config
         if source is None and not isinstance(error, (*UNREADABLE, MemoryError)):
             raise  # arguments of the network, not its weights

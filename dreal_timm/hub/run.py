@@ -12,16 +12,18 @@ import yaml
 from timm.models import clean_state_dict, get_model_input_config
 from torch import nn
 
+from dreal_timm.data.classes import names_of_config
 from dreal_timm.hub.config import CONFIG, check_config
 from dreal_timm.hub.export import export, halved
-from dreal_timm.hub.files import read_bytes
+from dreal_timm.hub.files import read_bytes, read_json
 from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.hub.results import read_results, shared_settings
+from dreal_timm.hub.shapes import bounded
 from dreal_timm.hub.timm_run import is_timm_run, load_timm_run
 from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.version import __version__
 
-__all__ = ['NETWORK', 'WEIGHTS', 'export_run', 'exported_folder', 'open_network', 'read_network']
+__all__ = ['NETWORK', 'WEIGHTS', 'export_run', 'exported_folder', 'names_of_weights', 'open_network', 'read_network']
 
 NETWORK = 'network.json'  # config.json of the network that a run trains
 WEIGHTS = ('auto', 'ema', 'raw')
@@ -77,7 +79,8 @@ def _build(run: Path) -> Any:
         try:
             (Path(folder) / CONFIG).write_bytes(read_bytes(run / NETWORK, 2 ** 22))
             check_config(folder)
-            return timm.create_model(f'local-dir:{folder}', pretrained=False)
+            with bounded():
+                return timm.create_model(f'local-dir:{folder}', pretrained=False)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = ' '.join(str(error).split())[:200]
             raise ValueError(f"'{run / NETWORK}' describes no network ({reason}).") from error
@@ -134,6 +137,23 @@ def exported_folder(model: str | Path) -> Path | None:
     return None
 
 
+def names_of_weights(path: str | Path) -> list[str] | None:
+    """Return the names of the classes that weights were trained on, where the file or the config beside it has them."""
+    if Path(path).suffix != '.safetensors':
+        content = read_checkpoint(path, checked=True)
+        names = content.get('class_names') if isinstance(content, dict) else None
+        if names:
+            return [str(name) for name in names]
+    for name in (CONFIG, NETWORK):
+        try:
+            config = read_json(Path(path).parent / name, 2 ** 22)
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict):
+            return names_of_config({**(config.get('pretrained_cfg') or {}), **config})
+    return None
+
+
 def open_network(model: str | Path, checkpoint: str | Path = '', **model_kwargs: Any) -> nn.Module:
     """Return the network that a user names, with its weights.
 
@@ -151,15 +171,16 @@ def open_network(model: str | Path, checkpoint: str | Path = '', **model_kwargs:
     exported = exported_folder(model)
     if model_kwargs and not checkpoint and not is_timm_run(model):
         raise ValueError('Options of the network go with a checkpoint: published weights would not fit all of it.')
-    if exported is not None:
-        return load(str(exported), checkpoint, **model_kwargs)
-    if is_timm_run(model):
+    if exported is None and is_timm_run(model):
         return load_timm_run(model, checkpoint=checkpoint, **model_kwargs)[0]
-    if Path(model).is_file() or (Path(model) / NETWORK).is_file():
+    if exported is None and (Path(model).is_file() or (Path(model) / NETWORK).is_file()):
         if checkpoint:
             raise ValueError(f"'{model}' is of a run: name the checkpoint '{checkpoint}' alone.")
         return _read(model, 'auto')[0]
-    network: Any = load(str(model), checkpoint, **model_kwargs)
+    network: Any = load(str(exported or model), checkpoint, **model_kwargs)
+    names = names_of_weights(checkpoint) if checkpoint else None
+    if names is not None:
+        network.pretrained_cfg = {**network.pretrained_cfg, 'label_names': names}
     channels = get_model_input_config(network)['input_size'][0]
     for key in ('mean', 'std'):
         given = network.pretrained_cfg[key]

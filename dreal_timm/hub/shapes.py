@@ -20,7 +20,7 @@ from dreal_timm.hub.config import CONFIG
 from dreal_timm.hub.files import check_plain
 from dreal_timm.hub.pickles import pickled_tensors
 
-__all__ = ['check_weights', 'read_shapes']
+__all__ = ['bounded', 'check_weights', 'read_shapes']
 
 _TABLE, _TENSORS = 2 ** 21, 10 ** 4  # bytes of the table of a file, and tensors
 _Shapes = Mapping[str, tuple[str, list[int]]]
@@ -56,8 +56,13 @@ def read_shapes(path: Path) -> _Shapes:
 
 
 @contextmanager
-def _bounded(tensors: int, numbers: int) -> Iterator[None]:
-    """Stop the build of a network that is larger than its weights, with a ValueError."""
+def bounded(tensors: int = _TENSORS, numbers: int = 2 ** 33) -> Iterator[None]:
+    """Stop the build of a network that is far larger than its weights, or than any network, with a ValueError.
+
+    Args:
+        tensors: Number of the tensors of the weights.
+        numbers: Number of the numbers in them.
+    """
     left = {'modules': 16 * tensors + 2000, 'tensors': 2 * tensors + 1000, 'numbers': 4 * numbers + 10 ** 7}
     thread = threading.get_ident()
 
@@ -86,7 +91,7 @@ def _bounded(tensors: int, numbers: int) -> Iterator[None]:
 def _build(directory: Path, found: _Shapes) -> Any:
     """The network of a config, without memory where it can be built so."""
     name, size = f'local-dir:{directory}', sum(math.prod(shape) for _, shape in found.values())
-    with _bounded(len(found), size):
+    with bounded(len(found), size):
         try:
             with torch.device('meta'):
                 return timm.create_model(name, pretrained=False)
@@ -94,8 +99,15 @@ def _build(directory: Path, found: _Shapes) -> Any:
             return timm.create_model(name, pretrained=False)
 
 
-def check_weights(directory: Path, name: str) -> None:
-    """Compare names, kinds and shapes of the weights with those of the network, before any of it takes memory."""
+def check_weights(directory: Path, name: str, exported: bool) -> None:
+    """Compare names, kinds and shapes of the weights with those of the network, before any of it takes memory.
+
+    Args:
+        directory: The folder.
+        name: Name of the file of weights in it.
+        exported: Whether an export wrote it, whose names are the network's. timm renames those of others as it loads
+            them, and is strict itself.
+    """
     what = f"'{directory}', {name}"
     found = read_shapes(directory / name)
     network = _build(directory, found)
@@ -105,11 +117,11 @@ def check_weights(directory: Path, name: str) -> None:
     for word, names in (
         ('has no', expected.keys() - found.keys()), ('has a foreign', found.keys() - expected.keys()),
     ):
-        if names:
+        if names and exported:
             raise WeightsError(
                 f'{what}: it {word} {printable(min(names)[:60])}: it is of another architecture than {CONFIG}.')
     for key, (kind, shape) in found.items():
-        if (kind, shape) != expected[key]:
+        if (kind, shape) != expected.get(key, (kind, shape)):
             raise WeightsError(
                 f'{what}: {printable(key[:60])} is {kind} {shape} and not {expected[key][0]} {expected[key][1]}: '
                 f'it is of another architecture than {CONFIG}.')

@@ -8,8 +8,12 @@ import yaml
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict, resolve_model_input_args
 
+from dreal_timm.data.classes import index_names
+from dreal_timm.data.folders import read_class_map
 from dreal_timm.errors import WeightsError
 from dreal_timm.hub.loading import check_model_name, read_checkpoint
+from dreal_timm.hub.shapes import bounded
+from dreal_timm.models.sources import check_arguments
 
 __all__ = ['is_timm_run', 'load_timm_run']
 
@@ -33,6 +37,19 @@ def _arguments(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get('model'), str):
         raise ValueError(f"'{folder / _ARGUMENTS}' names no model: it is not what timm's train.py writes.")
     return found
+
+
+def _names(args: dict[str, Any], folder: Path) -> list[str]:
+    """Names of the classes in the order of the outputs, out of the class map that a network was trained with."""
+    roots = [str(folder), *(str(args[key]) for key in ('data_dir', 'data') if args.get(key))]
+    for root in roots:
+        try:
+            return index_names(read_class_map(args['class_map'], root))
+        except FileNotFoundError:
+            continue
+    raise ValueError(
+        f"'{folder / _ARGUMENTS}': its class_map '{args['class_map']}' is not there, and without it nobody knows which "
+        'class is which output: copy it into the folder.')
 
 
 def load_timm_run(
@@ -61,6 +78,15 @@ def load_timm_run(
     if not file.is_file():
         raise FileNotFoundError(f"No checkpoint '{file}'.")
     args = _arguments(folder)
+    kwargs = {**(args.get('model_kwargs') or {}), **model_kwargs}
+    try:
+        check_arguments(kwargs)  # the folder may be a stranger's
+    except ValueError as error:
+        raise WeightsError(f"'{folder / _ARGUMENTS}': {error}") from error
+    if any(sign in args['model'] for sign in ':/'):
+        raise WeightsError(
+            f"'{folder / _ARGUMENTS}': its model '{args['model'][:60]}' is an address: arguments may not fetch or open "
+            'anything.')
     check_model_name(args['model'])
     content = read_checkpoint(file)
     if not isinstance(content, Mapping):
@@ -71,14 +97,15 @@ def load_timm_run(
     if key not in content:
         raise WeightsError(f"'{file}' holds no {'moving average' if averaged else 'weights'} ({key}).")
     state = clean_state_dict(content[key])
-    kwargs = resolve_model_input_args(
+    built = resolve_model_input_args(
         args['model'],
         {name: args.get(name) for name in ('in_chans', 'input_size', 'img_size')},
         **{
-            'num_classes': args.get('num_classes'), 'global_pool': args.get('gp'), **(args.get('model_kwargs') or {}),
-            **model_kwargs},
+            'num_classes': args.get('num_classes'), 'global_pool': args.get('gp'), 'bn_eps': args.get('bn_eps'),
+            'bn_momentum': args.get('bn_momentum'), **kwargs},
     )
-    model = timm.create_model(pretrained=False, **kwargs)
+    with bounded():
+        model = timm.create_model(pretrained=False, **built)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -86,6 +113,8 @@ def load_timm_run(
         raise WeightsError(
             f"'{file}' does not fit {args['model']} as '{_ARGUMENTS}' has it: {reason}. --model-kwargs names what "
             'the arguments do not.') from error
-    data = resolve_data_config({**args, 'in_chans': kwargs.get('in_chans')}, model=model)
+    data = resolve_data_config({**args, 'in_chans': built.get('in_chans')}, model=model)
     model.pretrained_cfg = {**model.pretrained_cfg, **{name: data[name] for name in _DATA if name in data}}
+    if args.get('class_map'):
+        model.pretrained_cfg['label_names'] = _names(args, folder)
     return model, {**content, 'args': args}, 'ema' if averaged else 'raw'

@@ -19,6 +19,8 @@ FETCHING: dict[str, tuple[Any, ...]] = {
     'pretrained_model_args': (None,),
     'checkpoint_path': (None,),
     'cache_dir': (None,),
+    'device': (None,),  # where and as what a network is built is the caller's
+    'dtype': (None,),
 }
 
 

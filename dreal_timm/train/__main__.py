@@ -34,7 +34,9 @@ if __name__ == '__main__':
     if not given:
         sys.exit('usage: python -m dreal_timm.train [--debug] RECIPE [KEY=VALUE ...]')
     try:
-        sys.exit(_main(given, '--debug' in sys.argv))
+        code = _main(given, '--debug' in sys.argv)
     except KeyboardInterrupt:
         print(f'{given[0]}: interrupted', file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    if code:
+        sys.exit(code)

@@ -71,9 +71,22 @@ def _is_whole(path: Path) -> bool:
     return zipfile.is_zipfile(path) and not damaged_record(path)
 
 
+def _epoch_of(path: Path) -> int | None:
+    """Number of the epoch of a checkpoint of ours that is whole, from 0."""
+    if not _is_whole(path):
+        return None
+    try:
+        return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['epoch'])
+    except Exception:  # of another program
+        return None
+
+
 def kept_checkpoints(directory: Path) -> list[Path]:
-    """Return the checkpoints of a folder beside the last and the best, the newest epoch first."""
+    """Return the checkpoints of a folder beside the last one, the newest epoch first."""
     found = []
+    best = _epoch_of(directory / BEST)
+    if best is not None:
+        found.append((best, BEST, directory / BEST))
     for path in directory.iterdir():
         match = re.fullmatch(r'(checkpoint|milestone)-(\d{1,9})\.pth\.tar', path.name)
         if match is not None:
@@ -99,7 +112,9 @@ class Checkpoints:
         self.files: list[tuple[str, float]] = []
         self.best_epoch: int | None = None
         self.best_metric: float | None = None
-        self._listed: set[str] = set()  # by the checkpoint that is gone on with
+        self._dropped: list[str] = []  # what the checkpoint that is gone on with wanted to remove
+        self._later: list[str] = []  # epochs that are trained again
+        self._rewound = False
         self._source: tuple[Path, int] | None = None  # that, and its epoch
 
     def _better(self, metric: float) -> bool:
@@ -117,13 +132,17 @@ class Checkpoints:
             epoch: Number of its epoch, from 0.
         """
         own = _name(epoch)
-        self._source = (source, epoch) if epoch < epochs else None
-        self._listed = {*(name for name, _ in state['checkpoint_files']), *state.get('dropped', ())}
+        self._rewound = epoch >= epochs
+        self._source = None if self._rewound else (source, epoch)
+        self._dropped = list(state.get('dropped', ()))
+        self._later = [name for name, _ in state['checkpoint_files'] if _epoch(name) >= epochs]
         self.files = [
             (name, metric) for name, metric in state['checkpoint_files']
             if _epoch(name) < epochs and (name == own or (self.directory / name).exists())]
         self.best_epoch, self.best_metric = state['best_epoch'], state['best_metric']
-        if self.best_epoch is not None and self.best_epoch >= epochs:
+        gone = self.best_epoch is not None and self.best_epoch != epoch and not (
+            (self.directory / _name(self.best_epoch)).exists() or _epoch_of(self.directory / BEST) == self.best_epoch)
+        if gone or (self.best_epoch is not None and self.best_epoch >= epochs):
             self.best_epoch, self.best_metric = None, None
             if self.files:
                 self.best_epoch, self.best_metric = _epoch(self.files[0][0]), self.files[0][1]
@@ -135,7 +154,7 @@ class Checkpoints:
             milestones: Numbers of epochs after which a checkpoint is kept for good.
         """
         known = {name for name, _ in self.files}
-        for name in self._listed - known:
+        for name in self._dropped:
             (self.directory / name).unlink(missing_ok=True)
         for path in self.directory.iterdir():
             if re.fullmatch(r'(last|model_best|checkpoint-\d+|milestone-\d+)\.pth\.tar\.tmp', path.name):
@@ -149,11 +168,22 @@ class Checkpoints:
             if epoch == self.best_epoch and _name(epoch) not in known:
                 missing.append(BEST)
             self._copy(source, missing)
-        best = _name(self.best_epoch or 0)
-        if self.best_epoch is not None and best in known:
-            self._link(self.directory / best, BEST)
-            if not _is_whole(self.directory / best):
-                _logger.warning(f'{best}, the best epoch, is damaged: without a better one nothing can be exported.')
+        if not self._rewound:
+            self._match_best()
+
+    def _match_best(self) -> None:
+        """Let the best file be the best epoch's; whichever of the two is damaged or missing is made of the other."""
+        name = _name(self.best_epoch or 0)
+        path, best = self.directory / name, self.directory / BEST
+        if self.best_epoch is None or name not in {known for known, _ in self.files}:
+            return
+        if _is_whole(path):
+            if not (best.exists() and os.path.samefile(path, best)):
+                self._link(path, BEST)
+        elif _epoch_of(best) == self.best_epoch:
+            self._link(best, name)
+        else:
+            _logger.warning(f'{name}, the best epoch, is damaged: without a better one nothing can be exported.')
 
     def save(self, state: Mapping[str, Any], epoch: int, metric: float, milestone: bool = False) -> bool:
         """Save an epoch.
@@ -176,7 +206,8 @@ class Checkpoints:
             [*((n, m) for n, m in self.files if n != name), (name, metric)],
             key=lambda file: file[1], reverse=not self.decreasing,
         )
-        kept, dropped = ranked[:self.keep], [n for n, _ in ranked[self.keep:]]
+        kept = ranked[:self.keep]
+        dropped = [n for n in (*(n for n, _ in ranked[self.keep:]), *self._later) if n not in {k for k, _ in kept}]
         best_epoch, best_metric = (epoch, metric) if is_best else (self.best_epoch, self.best_metric)
         saver = {
             'checkpoint_files': kept, 'best_epoch': best_epoch, 'best_metric': best_metric, 'pending': (None, None),
@@ -206,6 +237,9 @@ class Checkpoints:
                 'resume=auto goes on from it once there is room.'
             ) from error
         self.files, self.best_epoch, self.best_metric = kept, best_epoch, best_metric
+        if self._rewound:  # not before this epoch stands
+            self._match_best()
+        self._later, self._rewound = [], False
         for old in dropped:
             (self.directory / old).unlink(missing_ok=True)
         return is_best

@@ -103,7 +103,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not name:
             raise ValueError(f"Expected key=value, got '{override}'.")
         is_text = texts.get(name) == 'str'
-        if not text and not is_text:
+        if not text.strip() and not is_text:
             raise ValueError(f"'{override}' has no value; {name}=null is the default.")
         value = text if is_text and text != 'null' else _parse(text, override)
         *parents, leaf = name.split('.')

@@ -8,10 +8,10 @@ from typing import Any
 from timm.data import resolve_data_config
 from timm.models import get_model_input_config
 
-from dreal_timm.data.classes import class_names, match_classes, names_of_config, network_names, relabel
+from dreal_timm.data.classes import class_names, match_classes, names_of_config, network_names, relabel, same_name
 from dreal_timm.data.opening import open_dataset
 from dreal_timm.hub.files import read_json
-from dreal_timm.hub.run import NETWORK
+from dreal_timm.hub.run import NETWORK, names_of_weights
 
 __all__ = ['build_dataset', 'check_labels', 'check_same_classes', 'data_config', 'options', 'settle_classes']
 
@@ -85,7 +85,7 @@ def check_labels(train_set: Any, val_set: Any | None, num_classes: int, given: b
         given: Whether the recipe asks for that number, so that it may be more than the data has.
     """
     names, val_names = class_names(train_set), class_names(val_set)
-    if names is not None and val_names is not None and names != val_names:
+    if names is not None and val_names is not None and [*map(same_name, names)] != [*map(same_name, val_names)]:
         differing = sorted(set(names) ^ set(val_names))
         raise ValueError(
             f'The splits have different classes, so that labels would not agree: {", ".join(differing)} '
@@ -103,33 +103,33 @@ def check_labels(train_set: Any, val_set: Any | None, num_classes: int, given: b
             f'num_classes: {num_classes} outputs for {len(names)} classes of the data set: the others are never right.')
 
 
-def _told_beside(path: Path) -> list[str] | None:
-    """Names of the classes out of the config of an exported folder, or of a run, that a file lies in."""
-    for name in ('config.json', NETWORK):
-        try:
-            config = read_json(path.parent / name, _LARGEST)
-        except (OSError, ValueError):
-            continue
-        if isinstance(config, dict):
-            return names_of_config({**(config.get('pretrained_cfg') or {}), **config})
-    return None
-
-
 def _trained_names(config: SimpleNamespace, model: Any) -> list[list[str]]:
     """Names of the classes of a network that starts with a trained classifier; none where it is made anew."""
     if config.initial_checkpoint:
-        names = _told_beside(Path(config.initial_checkpoint))
+        names = names_of_weights(config.initial_checkpoint)
         return [] if names is None else [names]
     trained = config.pretrained and not config.pretrained_path
     return network_names(model) if trained and model.num_classes == model.pretrained_cfg.get('num_classes') else []
 
 
+def _network_beside(path: Path) -> dict[str, Any]:
+    """The description of the network that a run leaves beside its checkpoints."""
+    try:
+        config = read_json(path.parent / NETWORK, _LARGEST)
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def check_same_classes(names: Sequence[str] | None, checkpoint: Mapping[str, Any], path: Path) -> list[str] | None:
     """Return the names of the classes that a checkpoint was trained on; a ValueError if the data has others."""
-    trained = checkpoint.get('class_names') or _told_beside(path)
+    trained = checkpoint.get('class_names') or names_of_config(_network_beside(path))
     if names is None or not trained:
+        if names is not None:
+            _logger.warning(f"'{path}' does not know the names of its classes: they are taken in their order.")
         return None
-    gone, new = (sorted(set(a) - set(b)) for a, b in ((trained, names), (names, trained)))
+    own, known = ({same_name(name) for name in some} for some in (names, trained))
+    gone, new = sorted(known - own), sorted(own - known)
     if gone or new:
         what = [f"{', '.join(some[:3])} {word}" for some, word in ((gone, 'is gone'), (new, 'is new')) if some]
         raise ValueError(

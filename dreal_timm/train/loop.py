@@ -52,6 +52,7 @@ class Run:
         checkpoints: Its checkpoints.
         record: What it was made with, and the time of its epochs.
         lock: Its lock, which the first process takes.
+        resumed: Whether it goes on from a checkpoint.
         mixup: timm's mixup, or None.
         frozen_norms: Batch norms that stay in evaluation mode.
         start_epoch: Number of the first epoch, from 0.
@@ -73,6 +74,7 @@ class Run:
     checkpoints: Checkpoints
     record: Record
     lock: FolderLock
+    resumed: bool
     mixup: Any = None
     frozen_norms: Sequence[nn.Module] = ()
     start_epoch: int = 0

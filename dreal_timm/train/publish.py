@@ -1,13 +1,13 @@
 """What a run exports when it has ended, and where `dreal.push_to` asks for it, to the Hugging Face Hub with its card"""
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from dreal_timm.errors import one_line
+from dreal_timm.errors import WeightsError, one_line
 from dreal_timm.hub import export_run, push
-from dreal_timm.hub.folder import UNLISTED, read_checksums
+from dreal_timm.hub.folder import SUMS, read_checksums
 from dreal_timm.train.loop import Run
 from dreal_timm.train.reid import is_reid, measure_identities
 from dreal_timm.train.validate import measure_split
@@ -15,47 +15,69 @@ from dreal_timm.train.validate import measure_split
 __all__ = ['export_anew', 'publish']
 
 _logger = logging.getLogger(__name__)
+_CARD = 'README.md'
 _STREAMS = ('wds', 'tfds', 'hfids')  # which the processes of a run share out among them
 
 
-def _remove_export(folder: Path) -> None:
-    """Remove what an export wrote into a folder, and what is empty after it."""
-    for name in (*read_checksums(folder), *UNLISTED):
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove files of a folder, and what is empty after it."""
+    for name in names:
         (folder / name).unlink(missing_ok=True)
-    for path in sorted((path for path in folder.rglob('*') if path.is_dir()), reverse=True):
-        if not any(path.iterdir()):
+    for path in (*sorted((path for path in folder.rglob('*') if path.is_dir()), reverse=True), folder):
+        if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 
 
-def _move(source: Path, target: Path) -> None:
-    """Move the files of a folder into another, which keeps what it has."""
+def _exported(folder: Path) -> list[str]:
+    """Files of a folder that an export wrote, as its own list tells; a card that was written later is none of them."""
+    try:
+        listed = [*read_checksums(folder), SUMS]
+    except WeightsError:
+        return []
+    card = folder / _CARD
+    edited = card.is_file() and card.stat().st_mtime > (folder / SUMS).stat().st_mtime + 1
+    return listed if edited else [*listed, _CARD]
+
+
+def _keep(source: Path, target: Path) -> None:
+    """Move what no export wrote into another folder, which keeps what it has; an edited card becomes README.old.md."""
+    own = set(_exported(source))
     for path in sorted(path for path in source.rglob('*') if not path.is_dir() or path.is_symlink()):
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.exists():
+        name = path.relative_to(source).as_posix()
+        place = target / ('README.old.md' if name == _CARD else name)
+        if name not in own and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
-    for path in (*sorted((path for path in source.rglob('*') if path.is_dir()), reverse=True), source):
-        if not any(path.iterdir()):
-            path.rmdir()
 
 
-def export_anew(folder: Path, export: Callable[[], object]) -> None:
-    """Export into a folder of a run, where an earlier export may lie; files that it did not write stay.
+def export_anew(folder: Path, export: Callable[[Path], object]) -> None:
+    """Export into a folder of a run, where an earlier export may lie: that stays until the new one stands.
+
+    Files that no export wrote stay in the folder. A kill at any moment leaves one of the two, and all files.
 
     Args:
         folder: The folder.
-        export: Makes it.
-
-    Raises:
-        WeightsError: The folder is there without a list of what an export wrote.
+        export: Makes a new folder of the name that it is given.
     """
-    kept = folder.with_name(f'{folder.name}.kept')  # also of a run that was killed here
+    folder = folder.resolve()  # which may be a link
+    new, old = (folder.with_name(f'{folder.name}.{word}') for word in ('new', 'old'))
+    if new.exists():  # of a run that was killed here
+        if folder.exists():
+            _keep(new, folder)
+            _remove(new, _exported(new))
+        else:
+            os.replace(new, folder)
+    export(new)
+    for earlier in (folder, old):
+        if earlier.exists():
+            _keep(earlier, new)
     if folder.exists():
-        _remove_export(folder)
-        _move(folder, kept)
-    export()
-    if kept.exists():
-        _move(kept, folder)
+        if old.exists():
+            _remove(old, _exported(old))
+        os.replace(folder, old)
+    os.replace(new, folder)
+    if old.exists():
+        _remove(old, _exported(old))
 
 
 def publish(run: Run) -> str:
@@ -78,8 +100,8 @@ def publish(run: Run) -> str:
         measured = partial(measure, config=config, device=run.accelerator.device)
     todo = f'dreal-timm export {run.directory} {folder}, then dreal-timm push {folder} {repo}'
     try:
-        export_anew(folder, lambda: export_run(
-            run.directory, folder, 'ema' if averaged else 'raw', measure=measured))
+        export_anew(folder, lambda new: export_run(
+            run.directory, new, 'ema' if averaged else 'raw', measure=measured))
         todo = f'dreal-timm push {folder} {repo}'
         return push(folder, repo, private=config.dreal.push_private).url
     except Exception as error:  # whatever it is, the training is done and on the disk

@@ -235,6 +235,10 @@ def _set_up(config: SimpleNamespace, lock: FolderLock) -> Run:
     names = None if people is None else people.identity_names()
     if people is None:
         names = datasets.settle_classes(config, model, train_set, val_set, checkpoint, path)
+        # of the network that it started from: they are not those of this data
+        names_of_others = ('label_names', 'label_descriptions')
+        model.pretrained_cfg = {
+            key: value for key, value in model.pretrained_cfg.items() if key not in names_of_others}
     elif checkpoint is not None:
         datasets.check_same_classes(names, checkpoint, path)
 
@@ -264,7 +268,7 @@ def _set_up(config: SimpleNamespace, lock: FolderLock) -> Run:
         scheduler=None, epochs=config.epochs, train_loader=train_loader, validate=validate,
         class_names=names, directory=directory,
         checkpoints=Checkpoints(directory, config.checkpoint_hist, decreasing), record=Record(device, processes),
-        mixup=mixup, frozen_norms=frozen, lock=lock,
+        mixup=mixup, frozen_norms=frozen, lock=lock, resumed=path is not None,
     )
     run.scheduler, run.epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(config, decreasing_metric=decreasing), updates_per_epoch=run.updates_per_epoch)
@@ -282,7 +286,10 @@ def _set_up(config: SimpleNamespace, lock: FolderLock) -> Run:
 def _export(run: Run) -> None:
     """Export the weights that the best epoch was ranked by."""
     best = read_checkpoint(run.directory / BEST)
-    assert best['epoch'] == run.checkpoints.best_epoch
+    if best['epoch'] != run.checkpoints.best_epoch:
+        raise ValueError(
+            f'{run.directory / BEST} is of epoch {best["epoch"] + 1}, and the file of the best epoch is gone: '
+            'dreal-timm export makes a folder of any checkpoint.')
     averaged = run.config.model_ema and not run.config.model_ema_force_cpu
     run.model.load_state_dict(best['state_dict_ema' if averaged else 'state_dict'])
     if reid.is_reid(run.config):
@@ -297,8 +304,8 @@ def _export(run: Run) -> None:
         'training/run.json': (run.directory / RECORD).read_bytes(),
         'training/summary.csv': (run.directory / 'summary.csv').read_bytes(),
     }
-    export_anew(target, lambda: export(
-        run.model, target, data_config=run.data, label_names=_label_names(run), files=files))
+    export_anew(target, lambda folder: export(
+        run.model, folder, data_config=run.data, label_names=_label_names(run), files=files))
 
 
 def describe(results: Mapping[str, Any]) -> str:
@@ -307,7 +314,8 @@ def describe(results: Mapping[str, Any]) -> str:
     architecture = json.loads((Path(model) / 'config.json').read_text(encoding='utf-8'))['architecture']
     imports = 'import timm, dreal_timm' if architecture.startswith('dreal_') else 'import timm'
     pushed = f"\nsent to        {results['pushed']}" if results.get('pushed') else ''
-    measured = f"top-1 accuracy {metrics['top1']:.2f} %" if 'top1' in metrics else (
+    seen = any('validation' in entry for entry in results['epochs'])
+    measured = f"top-1 accuracy {metrics['top1']:.2f} %{'' if seen else ' in training'}" if 'top1' in metrics else (
         f"mAP {metrics['mAP']:.2f} %, rank-1 {metrics['rank1']:.2f} %")
     return (
         f"{measured} (epoch {results['best_epoch'] + 1} of {len(results['epochs'])})\n"
@@ -364,7 +372,7 @@ def _open_folder(run: Run) -> None:
     directory = run.directory
     directory.mkdir(parents=True, exist_ok=True)
     run.lock.take(directory)
-    if not run.config.resume and (directory / LAST).exists():
+    if not run.resumed and (directory / LAST).exists():
         raise FileExistsError(f'{directory}: another run has written here meanwhile. Choose another experiment=NAME.')
     run.checkpoints.clean(run.config.save_epochs or ())
     write_text(directory / 'args.yaml', yaml.safe_dump(to_dict(run.config), sort_keys=False))

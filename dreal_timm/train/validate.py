@@ -1,4 +1,5 @@
 """Validation of any timm model, by name or from an exported folder"""
+import math
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -124,6 +125,9 @@ def measure_split(
     loader = loaders.build_loader(config, val_set, data, device, is_training=False)
     digest = results.weights_digest(model.state_dict())
     metrics = evaluate(model.to(device).eval(), loader, device)
+    if not math.isfinite(metrics['loss']):
+        raise ValueError(
+            f"The loss of the network is {metrics['loss']}: it gives logits that are no numbers, and is not measured.")
     # a stream tells about how many images it has, and leaves those out that it cannot read
     unread = 0 if isinstance(val_set, IterableDataset) else len(val_set) - metrics['samples']
     architecture = model.pretrained_cfg['architecture']

@@ -1,4 +1,5 @@
 """Classes of a data set and outputs of a network: by name, or not at all"""
+import tarfile
 import unicodedata
 
 import pytest
@@ -136,6 +137,24 @@ def test_torchvisions_folder(tmp_path):
         open_for(_network(['a', 'b'], 2), **opened)
     with pytest.raises(ValueError, match='class_map'):
         open_dataset('torch/image_folder', folder, '', class_map={'one': 0})
+
+
+def test_one_form_of_accents(tmp_path):
+    """A class map finds a folder whatever form its accents have, and a mark of Windows' editors is no name."""
+    folder = _folder(tmp_path / 'data', [unicodedata.normalize('NFD', 'zoë'), 'a'])
+    (tmp_path / 'map.txt').write_text('\ufeffa\nzoë\n', encoding='utf-8')
+    dataset = open_dataset('', folder, '', channels=1, class_map=str(tmp_path / 'map.txt'))
+    assert [label for _, label in dataset] == [0, 1]
+    assert class_names(dataset) == ['a', 'zoë']
+
+
+def test_merged_classes_of_a_tar(tmp_path):
+    """Folders of one name in a tar would become one class: an error that names them."""
+    _folder(tmp_path / 'data', ['a/x', 'b/x'])
+    with tarfile.open(tmp_path / 'data.tar', 'w') as file:
+        file.add(tmp_path / 'data', '')
+    with pytest.raises(ValueError, match='would be one class'):
+        open_dataset('', str(tmp_path / 'data.tar'), '', channels=1)
 
 
 @pytest.mark.parametrize(('content', 'named'), [

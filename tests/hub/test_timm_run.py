@@ -1,6 +1,7 @@
 """What timm's train.py leaves behind is a network for every command"""
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,58 @@ def test_it_is_audited(images, tmp_path):
     other = measured('test_resnet', images, checkpoint=tmp_path / 'weights.pth', model_kwargs=kwargs)
     assert found['network']['top1'] == pytest.approx(other['top1'])
     assert found['network']['log_likelihood'] == pytest.approx(-other['loss'], rel=1e-4)
+
+
+@pytest.mark.parametrize(('name', 'place'), [('fc.bias', 0), ('layer4.0.conv2.weight', 4)])
+def test_a_network_of_no_numbers(images, tmp_path, capsys, name, place):
+    """A network that gives NaN is measured by no command: an error, and nothing written."""
+    raw, _ = write_run(tmp_path / 'run')
+    state = raw.state_dict()
+    state[name].view(-1)[place] = float('nan')
+    torch.save({'state_dict': state}, tmp_path / 'run' / 'model_best.pth.tar')
+    common = ['--data', str(images), '--workers', '0', '--device', 'cpu']
+    assert main(['validate', str(tmp_path / 'run'), *common, '--results', str(tmp_path / 'r.json')]) == 2
+    assert main(['export', str(tmp_path / 'run'), str(tmp_path / 'out'), '--data', str(images)]) == 2
+    pytest.importorskip('dreal_timm.audit.command', reason='needs the extra')
+    assert main(['audit', str(tmp_path / 'run'), *common, '--output', str(tmp_path / 'audit')]) == 2
+    assert 'no numbers' in capsys.readouterr().err
+    assert not (tmp_path / 'r.json').exists() and not (tmp_path / 'out').exists()
+    assert not (tmp_path / 'audit' / 'audit.json').exists()
+
+
+@pytest.mark.parametrize('changes', [
+    {'model': 'dreal_reid', 'model_kwargs': {'backbone_args': {'pretrained': True, 'pretrained_cfg': {'url': 'URL'}}}},
+    {'model_kwargs': {'checkpoint_path': '/nowhere'}}, {'model': 'hf-hub:user/net'}, {'model': 'local-dir:/nowhere'},
+    {'model_kwargs': {'layers': [16384] * 4}}, {'model_kwargs': {'device': 'meta'}},
+])
+def test_a_strangers_arguments(tmp_path, changes):
+    """Arguments of a folder of a stranger fetch nothing, open nothing, and build nothing giant."""
+    write_run(tmp_path / 'run', **changes)
+    begun = time.monotonic()
+    with pytest.raises(ValueError):
+        open_network(tmp_path / 'run')
+    assert time.monotonic() - begun < 10
+
+
+def test_names_of_a_class_map(images, tmp_path):
+    """A class map that timm's run was trained with names its outputs; without it nobody knows them: an error."""
+    raw, _ = write_run(tmp_path / 'run', class_map='map.txt')
+    with pytest.raises(ValueError, match=r'map\.txt'):
+        open_network(tmp_path / 'run')
+    (tmp_path / 'run' / 'map.txt').write_text('class2\nclass1\nclass0\n')
+    state = raw.state_dict()
+    for name in ('fc.weight', 'fc.bias'):
+        state[name] = state[name].flip(0)
+    torch.save({'state_dict': state}, tmp_path / 'run' / 'model_best.pth.tar')
+    assert measured(tmp_path / 'run', images) == pytest.approx(by_hand(raw, images), rel=1e-4)
+
+
+def test_the_epsilon_of_batch_norms(images, tmp_path):
+    """bn_eps is a setting of the network, which its weights do not tell."""
+    write_run(tmp_path / 'run', model='test_efficientnet', model_kwargs={}, bn_eps=0.5)
+    model = timm.create_model('test_efficientnet', num_classes=3, in_chans=1, bn_eps=0.5).eval()
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'run' / 'model_best.pth.tar')
+    assert measured(tmp_path / 'run', images) == pytest.approx(by_hand(model, images), rel=1e-4)
 
 
 @pytest.mark.parametrize(('content', 'message'), [

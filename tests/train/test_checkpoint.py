@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -17,9 +18,12 @@ from small_run import recipe
 from dreal_timm.cli import main
 from dreal_timm.errors import WeightsError
 from dreal_timm.hub import export_run
+from dreal_timm.hub.damage import damaged_record
+from dreal_timm.hub.folder import checksums
 from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.train import load_config, run
 from dreal_timm.train.checkpoint import BEST, LAST, Checkpoints, write_summary
+from dreal_timm.train.publish import export_anew
 from dreal_timm.train.runner import set_up
 
 ROOT = Path(__file__).parent.parent.parent
@@ -171,10 +175,54 @@ def test_rewound_checkpoints(tmp_path):
     again = gone_on(tmp_path, epochs=2)
     assert (again.best_epoch, again.best_metric) == (0, 3.0)
     again.clean()
-    assert names(tmp_path) == ['checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', LAST, BEST]
+    assert len(names(tmp_path)) == 5  # nothing goes before an epoch stands in its place
+    assert torch.load(tmp_path / BEST, weights_only=True)['epoch'] == 2
+    assert not again.save({}, 2, 2.0)
+    assert names(tmp_path) == [*(f'checkpoint-{epoch}.pth.tar' for epoch in range(3)), LAST, BEST]
     assert torch.load(tmp_path / BEST, weights_only=True)['epoch'] == 0
     again = gone_on(tmp_path, epochs=0)
     assert (again.best_epoch, again.files) == (None, [])
+    again.clean()
+    assert again.save({}, 0, 1.0)
+    assert names(tmp_path) == ['checkpoint-0.pth.tar', LAST, BEST]
+
+
+def _copied(source, target):
+    """A folder as rsync makes it: every file has a body of its own."""
+    target.mkdir()
+    for path in source.iterdir():
+        shutil.copyfile(path, target / path.name)
+    return target
+
+
+def test_the_best_is_never_lost(tmp_path):
+    """A damaged checkpoint is not linked over a whole best file; each is restored from the other."""
+    source = tmp_path / 'source'
+    source.mkdir()
+    _epochs(Checkpoints(source, keep=4), 0, 5)
+    best = 'checkpoint-3.pth.tar'
+    for number, damaged in enumerate((best, BEST)):
+        folder = _copied(source, tmp_path / str(number))
+        _flip_bytes(folder / damaged)
+        gone_on(folder, keep=4).clean()
+        for name in (best, BEST):
+            assert not damaged_record(folder / name)
+            assert torch.load(folder / name, weights_only=True)['epoch'] == 3
+    folder = _copied(source, tmp_path / 'gone')
+    for name in (best, BEST):
+        (folder / name).unlink()
+    again = gone_on(folder, keep=4)
+    assert (again.best_epoch, again.best_metric) == (1, 3.0)
+
+
+def _flip_bytes(path):
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        record = max(file.infolist(), key=lambda info: info.file_size)
+        with file.open(record) as opened:
+            start = opened._orig_compress_start
+    content[start] ^= 0x80
+    path.write_bytes(content)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -442,7 +490,8 @@ def test_a_damaged_last_is_told_with_the_way_out(images, tmp_path, damage):
     assert names(folder) == sorted([*names(tmp_path / 'whole'), 'last.damaged'])
 
 
-@pytest.mark.parametrize('left', [['checkpoint-0', 'checkpoint-1'], ['checkpoint-0', 'milestone-2'], ['checkpoint-0']])
+@pytest.mark.parametrize('left', [
+    ['checkpoint-0', 'checkpoint-1'], ['checkpoint-0', 'milestone-2'], ['checkpoint-0'], ['model_best']])
 def test_without_a_last(images, tmp_path, left):
     """Without a last checkpoint 'auto' goes on from the newest one that is whole, to the bit, and removes nothing."""
     whole = run(recipe(images, tmp_path, experiment='whole', epochs=3, save_epochs=[2]))
@@ -452,7 +501,7 @@ def test_without_a_last(images, tmp_path, left):
     for path in folder.glob('*.pth.tar'):
         if path.name not in kept:
             path.unlink()
-    shutil.copyfile(folder / 'checkpoint-0.pth.tar', folder / 'checkpoint-17.pth.tar')
+    shutil.copyfile(folder / f'{left[0]}.pth.tar', folder / 'checkpoint-17.pth.tar')
     _flip_signs(folder / 'checkpoint-17.pth.tar')  # newer by its name, and not whole
     resumed = run(recipe(images, tmp_path, epochs=3, save_epochs=[2], resume='auto'))
     assert resumed['epochs'] == whole['epochs']
@@ -466,7 +515,8 @@ def test_nothing_whole_is_left(images, stopped, tmp_path):
     """Where no checkpoint is whole the run stops, and nothing is removed or written."""
     shutil.copytree(stopped, tmp_path / 'run')
     (tmp_path / 'run' / LAST).unlink()
-    _flip_signs(tmp_path / 'run' / 'checkpoint-0.pth.tar')
+    for name in ('checkpoint-0.pth.tar', BEST):
+        _flip_signs(tmp_path / 'run' / name)
     before = content_of(tmp_path / 'run')
     with pytest.raises(WeightsError, match='none of its 1 other checkpoints is whole'):
         run(recipe(images, tmp_path, resume='auto'))
@@ -476,16 +526,78 @@ def test_nothing_whole_is_left(images, stopped, tmp_path):
 def test_files_of_the_user_stay(images, stopped, tmp_path):
     """A run that goes on exports anew, and leaves what else lies in its folder and in model/."""
     shutil.copytree(stopped, tmp_path / 'run')
-    mine = ['notes.txt', 'model/notes.txt', 'model/test/mine.json', 'checkpoint-99.pth.tar']
+    mine = ['notes.txt', 'model/notes.txt', 'model/test/mine.json', 'checkpoint-99.pth.tar', 'model/.gitattributes']
     for name in mine:
         (tmp_path / 'run' / name).write_text(name)
+    edited = (tmp_path / 'run' / 'model' / 'README.md').read_text() + 'mine'
+    (tmp_path / 'run' / 'model' / 'README.md').write_text(edited)
+    os.utime(tmp_path / 'run' / 'model' / 'README.md', (time.time() + 60,) * 2)
     run(recipe(images, tmp_path, resume='auto'))
     whole = run(recipe(images, tmp_path, experiment='whole'))
     for name in mine:
         assert (tmp_path / 'run' / name).read_text() == name
     for name in ('model.safetensors', 'config.json', 'test/rand_tensors.safetensors'):
         assert (tmp_path / 'run' / 'model' / name).read_bytes() == Path(whole['model'], name).read_bytes()
-    assert not (tmp_path / 'run' / 'model.kept').exists()
+    assert (tmp_path / 'run' / 'model' / 'README.old.md').read_text() == edited
+    before = content_of(tmp_path / 'run' / 'model')
+    run(recipe(images, tmp_path, resume='auto'))  # exports anew, the same
+    assert content_of(tmp_path / 'run' / 'model') == before
+    assert not [name for name in names(tmp_path / 'run') if name.startswith('model.')]
+
+
+@pytest.mark.parametrize('link', [False, True])
+def test_a_kill_at_each_step_of_an_export(tmp_path, link):
+    """Killed at any moment, there is the old export or the new one, and every file of the user; then it goes on."""
+    replace = os.replace
+
+    def make(folder, version):
+        scratch = folder.with_name(f'.{folder.name}.{version}')
+        for name in ('config.json', 'test/a.txt'):
+            os.makedirs((scratch / name).parent, exist_ok=True)
+            (scratch / name).write_text(f'{version} of {name}')
+        (scratch / 'SHA256SUMS').write_text(checksums(scratch))
+        replace(scratch, folder)
+
+    for number in range(1, 80):
+        root = tmp_path / str(number)
+        root.mkdir()
+        folder = root / 'model'
+        if link:
+            (root / 'elsewhere').mkdir()
+            folder.symlink_to(root / 'elsewhere' / 'place')
+            make(root / 'elsewhere' / 'place', 'old')
+        else:
+            make(folder, 'old')
+        (folder / 'mine.txt').write_text('mine')
+        pid = os.fork()
+        if pid == 0:
+            for owner, name in ((os, 'replace'), (Path, 'unlink'), (Path, 'rmdir'), (Path, 'mkdir')):
+                setattr(owner, name, _dying(getattr(owner, name), number))
+            export_anew(folder, lambda new: make(new, 'new'))
+            os._exit(0)
+        killed = os.waitpid(pid, 0)[1] != 0
+        mine = [path for path in root.rglob('mine.txt') if path.is_file()]
+        assert len(mine) == 1 and mine[0].read_text() == 'mine', number
+        assert [path for path in root.rglob('config.json') if path.parent.joinpath('SHA256SUMS').is_file()], number
+        export_anew(folder, lambda new: make(new, 'third'))
+        assert (folder / 'config.json').read_text() == 'third of config.json', number
+        assert (folder / 'mine.txt').read_text() == 'mine'
+        assert not [path for path in folder.resolve().parent.iterdir() if path.name.endswith(('.new', '.old'))], number
+        if not killed:
+            break
+    assert not killed and number > 4
+
+
+_LEFT = [0]
+
+
+def _dying(original, number):
+    def call(*arguments, **options):
+        _LEFT[0] += 1
+        if _LEFT[0] == number:
+            os._exit(9)
+        return original(*arguments, **options)
+    return call
 
 
 def test_changed_settings_are_told(images, stopped, tmp_path, caplog):

@@ -1,9 +1,11 @@
 """Classes of a run keep their outputs: when it goes on, when another starts from it, when it is measured"""
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from small_run import recipe, start
+from small_run import SE, recipe, start
 
 from dreal_timm.train import run
 from dreal_timm.train.validate import validate
@@ -115,6 +117,27 @@ def test_a_start_with_a_classifier(turned, images, tmp_path, source):
     (tmp_path / 'map.txt').write_text('class0\nclass2\nother\n')
     assert labels(start(data, tmp_path / 'other', **values, class_map=str(tmp_path / 'map.txt'))) == {
         'class0': 0, 'class2': 1, 'other': 2}
+
+
+def test_names_inside_of_a_checkpoint(turned, images, tmp_path):
+    """A checkpoint that was copied away from its run knows its classes: a start and validate take them."""
+    path = tmp_path / 'weights.pth.tar'
+    shutil.copyfile(f"{turned['directory']}/model_best.pth.tar", path)
+    assert labels(start(images, tmp_path, initial_checkpoint=str(path))) == {'class2': 0, 'class0': 1, 'class1': 2}
+    found = validate(
+        'test_resnet', images, checkpoint=path, workers=0, device='cpu',
+        model_kwargs={'num_classes': 3, 'in_chans': 1, **SE})
+    assert found['classes'] == {'by': 'name', 'absent': 0}
+
+
+def test_names_of_another_network_are_not_exported(turned, images, tmp_path):
+    """A network with a new classifier on data without names does not keep the names of the one it came from."""
+    from dreal_timm.train import datasets
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, 'class_names', lambda dataset: None)
+        results = run(recipe(
+            images, tmp_path, model=f"local-dir:{turned['model']}", pretrained=True, model_kwargs={}, epochs=1))
+    assert 'label_names' not in json.loads(Path(results['model'], 'config.json').read_text())
 
 
 def test_a_new_classifier_has_the_order_of_the_folders(turned, images, tmp_path):
