@@ -15,6 +15,7 @@ CONFIG = 'config.json'
 # bytes, values, and the largest numbers, which timm's own configs stay far below
 _BYTES, _VALUES, _NUMBER = 2 ** 22, 2 ** 18, 2 ** 24
 _ARGUMENT, _ARGUMENTS = 2 ** 14, 1000  # the largest number among model_args, and how many there are
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _SIZES, _CROPS = (1, 4096), (0.1, 4.0)  # of images in pixels, of the part that is cut out
 
 
@@ -37,6 +38,9 @@ def _check_preprocessing(told: Mapping[str, Any]) -> None:
         if numbers is not None and not (
                 isinstance(numbers, list) and all(_number(number, least, _NUMBER) for number in numbers)):
             raise ValueError(f'its {key} is {str(numbers)[:40]}, and not a number for each channel')
+    if told.get('interpolation') not in (None, '', *_INTERPOLATIONS):
+        raise ValueError(
+            f"its interpolation is {str(told['interpolation'])[:40]}, and none of {', '.join(_INTERPOLATIONS)}")
     if told.get('hf_hub_filename') is not None:
         raise ValueError('it names another file of weights (hf_hub_filename): a config may not fetch or open anything')
 

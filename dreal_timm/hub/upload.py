@@ -20,6 +20,7 @@ from dreal_timm.hub.shapes import read_shapes
 __all__ = ['Plan', 'Pushed', 'check_target', 'prepare', 'push']
 
 CARD = 'README.md'
+_BESIDE = ('.gitattributes', '.cache', '.DS_Store')  # of the Hub, its client and a Mac; none of it is sent
 _OWN = ('.eval_results/', 'test/', 'training/')  # what the repository has there, and the folder has not, is removed
 _TENSORS = 'test/rand_tensors.safetensors'
 # what an export writes, and nothing else is sent
@@ -99,7 +100,7 @@ def _names(directory: Path) -> Iterator[str]:
         with os.scandir(directory / place) as entries:
             for entry in entries:
                 name = place + entry.name
-                if name == '.gitattributes':  # the Hub's own, in a folder that came from there
+                if name in _BESIDE:
                     continue
                 folder = f'{name}/' in _OWN
                 if not folder and not _SENT.fullmatch(name):

@@ -217,7 +217,9 @@ def test_what_was_not_exported_is_not_sent(hub, folder, tmp_path):
         prepare(folder, NAME)
     (folder / 'notes.txt').unlink()
     (folder / '.gitattributes').write_text('')  # of a folder that came from the Hub
-    assert '.gitattributes' not in prepare(folder, NAME).files
+    (folder / '.cache').mkdir()
+    (folder / '.cache' / 'secret').write_text('')
+    assert not [name for name in prepare(folder, NAME).files if name.startswith(('.git', '.cache'))]
     (folder / 'README.md').write_text('---\nlicense: [\n---\n')
     with pytest.raises(WeightsError, match='front matter cannot be read'):
         prepare(folder, NAME)
