@@ -52,23 +52,11 @@ def _validate(args: argparse.Namespace) -> None:
     print(json.dumps(results, indent=2) if args.json else describe(results))
 
 
-def _build(name: str, options: dict[str, Any]) -> Any:
-    import timm
-    import torch
-
-    from dreal_timm.hub.shapes import bounded
-    with bounded():
-        try:
-            with torch.device('meta'):
-                return timm.create_model(name, **options)
-        except (NotImplementedError, RuntimeError):  # one that computes while it is built
-            return timm.create_model(name, **options)
-
-
 def _inspect(args: argparse.Namespace) -> int:
     from dreal_timm.audit import describe_sites, format_sites
     from dreal_timm.hub.loading import fetch_network, timm_name
     from dreal_timm.hub.run import exported_folder, open_network
+    from dreal_timm.hub.shapes import bounded, build
     from dreal_timm.readers import without_sites
     options, exported = _options(args.options), exported_folder(args.model)
     if exported is None and Path(args.model).exists():  # a run that has not ended, or one of timm
@@ -76,7 +64,8 @@ def _inspect(args: argparse.Namespace) -> int:
     else:
         name = timm_name(args.model if exported is None else str(exported))
         fetch_network(name, weights=False)
-        model = _build(name, options)
+        with bounded():
+            model = build(name, **options)
     rows = describe_sites(model, args.input_size)
     if args.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))

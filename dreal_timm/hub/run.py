@@ -23,7 +23,10 @@ from dreal_timm.hub.timm_run import is_timm_run, load_timm_run
 from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.version import __version__
 
-__all__ = ['NETWORK', 'WEIGHTS', 'export_run', 'exported_folder', 'names_of_weights', 'open_network', 'read_network']
+__all__ = [
+    'NETWORK', 'WEIGHTS', 'export_run', 'exported_folder', 'names_beside', 'names_of_weights', 'open_network',
+    'read_network',
+]
 
 NETWORK = 'network.json'  # config.json of the network that a run trains
 WEIGHTS = ('auto', 'ema', 'raw')
@@ -137,13 +140,8 @@ def exported_folder(model: str | Path) -> Path | None:
     return None
 
 
-def names_of_weights(path: str | Path) -> list[str] | None:
-    """Return the names of the classes that weights were trained on, where the file or the config beside it has them."""
-    if Path(path).suffix != '.safetensors':
-        content = read_checkpoint(path, checked=True)
-        names = content.get('class_names') if isinstance(content, dict) else None
-        if names:
-            return [str(name) for name in names]
+def names_beside(path: str | Path) -> list[str] | None:
+    """Return the names of the classes out of the config of the exported folder, or of the run, that a file lies in."""
     for name in (CONFIG, NETWORK):
         try:
             config = read_json(Path(path).parent / name, 2 ** 22)
@@ -152,6 +150,16 @@ def names_of_weights(path: str | Path) -> list[str] | None:
         if isinstance(config, dict):
             return names_of_config({**(config.get('pretrained_cfg') or {}), **config})
     return None
+
+
+def names_of_weights(path: str | Path) -> list[str] | None:
+    """Return the names of the classes that weights were trained on, where the file or the config beside it has them."""
+    if Path(path).suffix != '.safetensors':
+        content = read_checkpoint(path, checked=True)
+        names = content.get('class_names') if isinstance(content, dict) else None
+        if names:
+            return [str(name) for name in names]
+    return names_beside(path)
 
 
 def open_network(model: str | Path, checkpoint: str | Path = '', **model_kwargs: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from dreal_timm.hub.config import CONFIG
 from dreal_timm.hub.files import check_plain
 from dreal_timm.hub.pickles import pickled_tensors
 
-__all__ = ['bounded', 'check_weights', 'read_shapes']
+__all__ = ['bounded', 'build', 'check_weights', 'read_shapes']
 
 _TABLE, _TENSORS = 2 ** 21, 10 ** 4  # bytes of the table of a file, and tensors
 _Shapes = Mapping[str, tuple[str, list[int]]]
@@ -88,15 +88,13 @@ def bounded(tensors: int = _TENSORS, numbers: int = 2 ** 33) -> Iterator[None]:
             handle.remove()
 
 
-def _build(directory: Path, found: _Shapes) -> Any:
-    """The network of a config, without memory where it can be built so."""
-    name, size = f'local-dir:{directory}', sum(math.prod(shape) for _, shape in found.values())
-    with bounded(len(found), size):
-        try:
-            with torch.device('meta'):
-                return timm.create_model(name, pretrained=False)
-        except (NotImplementedError, RuntimeError):  # one that computes while it is built
-            return timm.create_model(name, pretrained=False)
+def build(name: str, **options: Any) -> Any:
+    """Return a network of timm without weights, and without memory where it can be built so."""
+    try:
+        with torch.device('meta'):
+            return timm.create_model(name, **options)
+    except (NotImplementedError, RuntimeError):  # one that computes while it is built
+        return timm.create_model(name, **options)
 
 
 def check_weights(directory: Path, name: str, exported: bool) -> None:
@@ -110,7 +108,8 @@ def check_weights(directory: Path, name: str, exported: bool) -> None:
     """
     what = f"'{directory}', {name}"
     found = read_shapes(directory / name)
-    network = _build(directory, found)
+    with bounded(len(found), sum(math.prod(shape) for _, shape in found.values())):
+        network = build(f'local-dir:{directory}')
     expected = {
         name: ('float' if tensor.is_floating_point() else 'int', list(tensor.shape))
         for name, tensor in network.state_dict().items()}

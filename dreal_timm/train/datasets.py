@@ -10,13 +10,11 @@ from timm.models import get_model_input_config
 
 from dreal_timm.data.classes import class_names, match_classes, names_of_config, network_names, relabel, same_name
 from dreal_timm.data.opening import open_dataset
-from dreal_timm.hub.files import read_json
-from dreal_timm.hub.run import NETWORK, names_of_weights
+from dreal_timm.hub.run import names_beside, names_of_weights
 
 __all__ = ['build_dataset', 'check_labels', 'check_same_classes', 'data_config', 'options', 'settle_classes']
 
 _logger = logging.getLogger(__name__)
-_LARGEST = 4 << 20  # bytes of a config
 
 
 def data_config(config: SimpleNamespace, model: Any) -> dict[str, Any]:
@@ -112,18 +110,9 @@ def _trained_names(config: SimpleNamespace, model: Any) -> list[list[str]]:
     return network_names(model) if trained and model.num_classes == model.pretrained_cfg.get('num_classes') else []
 
 
-def _network_beside(path: Path) -> dict[str, Any]:
-    """The description of the network that a run leaves beside its checkpoints."""
-    try:
-        config = read_json(path.parent / NETWORK, _LARGEST)
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def check_same_classes(names: Sequence[str] | None, checkpoint: Mapping[str, Any], path: Path) -> list[str] | None:
     """Return the names of the classes that a checkpoint was trained on; a ValueError if the data has others."""
-    trained = checkpoint.get('class_names') or names_of_config(_network_beside(path))
+    trained = checkpoint.get('class_names') or names_beside(path)
     if names is None or not trained:
         if names is not None:
             _logger.warning(f"'{path}' does not know the names of its classes: they are taken in their order.")
@@ -179,4 +168,4 @@ def settle_classes(
     for dataset in (train_set, val_set):
         if dataset is not None:
             relabel(dataset, model.num_classes, match)
-    return trained[0] if len(trained[0]) == model.num_classes or match.outputs is not None else names
+    return trained[0]

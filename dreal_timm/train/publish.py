@@ -8,6 +8,7 @@ from pathlib import Path
 from dreal_timm.errors import WeightsError, one_line
 from dreal_timm.hub import export_run, push
 from dreal_timm.hub.folder import SUMS, read_checksums
+from dreal_timm.hub.upload import CARD
 from dreal_timm.train.loop import Run
 from dreal_timm.train.reid import is_reid, measure_identities
 from dreal_timm.train.validate import measure_split
@@ -15,7 +16,6 @@ from dreal_timm.train.validate import measure_split
 __all__ = ['export_anew', 'publish']
 
 _logger = logging.getLogger(__name__)
-_CARD = 'README.md'
 _STREAMS = ('wds', 'tfds', 'hfids')  # which the processes of a run share out among them
 
 
@@ -34,20 +34,23 @@ def _exported(folder: Path) -> list[str]:
         listed = [*read_checksums(folder), SUMS]
     except WeightsError:
         return []
-    card = folder / _CARD
+    card = folder / CARD
     edited = card.is_file() and card.stat().st_mtime > (folder / SUMS).stat().st_mtime + 1
-    return listed if edited else [*listed, _CARD]
+    return listed if edited else [*listed, CARD]
 
 
 def _keep(source: Path, target: Path) -> None:
-    """Move what no export wrote into another folder, which keeps what it has; an edited card becomes README.old.md."""
+    """Move what no export wrote into another folder; an edited card, and a name that is taken, get `.old` in it."""
     own = set(_exported(source))
     for path in sorted(path for path in source.rglob('*') if not path.is_dir() or path.is_symlink()):
         name = path.relative_to(source).as_posix()
-        place = target / ('README.old.md' if name == _CARD else name)
-        if name not in own and not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
+        if name in own:
+            continue
+        place = target / ('README.old.md' if name == CARD else name)
+        while os.path.lexists(place):
+            place = place.with_name(f'{place.stem}.old{place.suffix}')
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
 
 
 def export_anew(folder: Path, export: Callable[[Path], object]) -> None:

@@ -539,6 +539,12 @@ def test_files_of_the_user_stay(images, stopped, tmp_path):
     for name in ('model.safetensors', 'config.json', 'test/rand_tensors.safetensors'):
         assert (tmp_path / 'run' / 'model' / name).read_bytes() == Path(whole['model'], name).read_bytes()
     assert (tmp_path / 'run' / 'model' / 'README.old.md').read_text() == edited
+    for text in ('twice', 'thrice'):  # a name that is taken is no reason to stop
+        (tmp_path / 'run' / 'model' / 'README.md').write_text(text)
+        os.utime(tmp_path / 'run' / 'model' / 'README.md', (time.time() + 60,) * 2)
+        run(recipe(images, tmp_path, resume='auto'))
+    cards = {path.read_text() for path in (tmp_path / 'run' / 'model').glob('README*')}
+    assert {edited, 'twice', 'thrice'} < cards and len(cards) == 4
     before = content_of(tmp_path / 'run' / 'model')
     run(recipe(images, tmp_path, resume='auto'))  # exports anew, the same
     assert content_of(tmp_path / 'run' / 'model') == before
