@@ -110,15 +110,15 @@ def run_part(part: Part, path: Path, ends: float, args: argparse.Namespace, site
         finally:
             stop(process)
         errors.seek(0)
-        tail = errors.read()[-3000:]
+        said = errors.read()
     with contextlib.suppress(OSError, ValueError):  # a full disk, or another's hand
         content = json.loads(path.read_text(encoding='utf-8'))
-    late = code is None or (code != 0 and 'Timeout (' in tail)
+    late = code is None or (code != 0 and 'Timeout (' in said)
     content['status'] = 'ended' if code == 0 else 'left out: did not end in time' if late else f'crashed ({code})'
     content['seconds'] = round(time.monotonic() - started, 1)
     if code != 0:
-        content['errors'] = tail
-        print(tail, file=sys.stderr)
+        content['errors'] = said[-3000:]
+        print(said[-3000:], file=sys.stderr)
     return content
 
 
