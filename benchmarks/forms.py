@@ -15,11 +15,11 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from dreal_timm import DrealTask, find_sites
-from dreal_timm.attention import attention_parameters, site_reader
-from dreal_timm.gates import on_map
-from dreal_timm.measure import Measure, Measured
-from dreal_timm.overrides import scratch_buffers
-from dreal_timm.taylor import TaylorMeasure
+from dreal_timm.attention.gates import on_map
+from dreal_timm.attention.sites import attention_parameters, site_reader
+from dreal_timm.probes.base import Measure, Measured
+from dreal_timm.probes.taylor import TaylorMeasure
+from dreal_timm.replay.overrides import scratch_buffers
 
 _TAYLOR: dict[str, Any] = dict(actor_weight=1.0, probe='taylor')
 _EXACT: dict[str, Any] = dict(actor_weight=1.0, probe='exact', rotate='epoch')

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from dreal_timm import find_sites
-from dreal_timm.attention import group_sites
-from dreal_timm.capture import record
+from dreal_timm.attention.capture import record
+from dreal_timm.attention.sites import group_sites
 
 _EVERY = [
     'plain', 'literal', 'literal-weak', 'taylor', 'taylor/shuffled', 'taylor/random', 'taylor-drawn', 'standardized',

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dreal_timm
-from dreal_timm.attention import find_sites, group_sites
+from dreal_timm.attention.sites import find_sites, group_sites
 
 COLUMNS = ('model', 'params (M)', 'GMACs', 'critic params, channel', 'critic params, spatial', 'critic share (%)')
 

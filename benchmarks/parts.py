@@ -15,8 +15,8 @@ import step_time
 import torch
 from torch import nn
 
-from dreal_timm.attention import find_sites, group_sites
-from dreal_timm.capture import read_map, record
+from dreal_timm.attention.capture import read_map, record
+from dreal_timm.attention.sites import find_sites, group_sites
 from dreal_timm.critic import Critic, RecurrentCritic
 
 

@@ -21,8 +21,8 @@ import torch
 from timm.task import ClassificationTask
 
 from dreal_timm import DrealTask, find_sites
-from dreal_timm.capture import record, tap
-from dreal_timm.norms import record_norms, replay_norms
+from dreal_timm.attention.capture import record, tap
+from dreal_timm.replay.batch_norms import record_norms, replay_norms
 
 FIXED = 'first order, fixed statistics'
 KINDS: dict[str, dict[str, Any]] = {

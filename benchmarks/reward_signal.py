@@ -29,8 +29,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from dreal_timm import DrealTask, find_sites
-from dreal_timm.attention import Group, attention_parameters, group_sites
-from dreal_timm.capture import bypass, read_map, record, tap
+from dreal_timm.attention.capture import bypass, read_map, record, tap
+from dreal_timm.attention.sites import Group, attention_parameters, group_sites
 from dreal_timm.trainable import stack_readings
 
 Direction = dict[str, torch.Tensor]

@@ -31,15 +31,15 @@ import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, TrainingTask
 
-import dreal_timm.measure
-import dreal_timm.taylor
+import dreal_timm.probes.base
+import dreal_timm.probes.taylor
 from dreal_timm import DrealTask
-from dreal_timm.attention import Site
+from dreal_timm.attention.sites import Site
 from dreal_timm.models.reid import ReidNetwork
-from dreal_timm.passes import Judged
-from dreal_timm.probe import Probe
+from dreal_timm.probes.counterfactual import Probe
+from dreal_timm.probes.passes import Judged
+from dreal_timm.probes.restart import Restart
 from dreal_timm.reid import IdentityLoss
-from dreal_timm.restart import Restart
 
 PROBES = ('exact', 'split', 'taylor')
 DTYPES = {'none': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -50,8 +50,8 @@ def count_as_right(share: float) -> None:
     def is_correct(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return torch.arange(len(target), device=target.device) < round(share * len(target))
 
-    dreal_timm.measure.is_correct = is_correct
-    dreal_timm.taylor.is_correct = is_correct
+    dreal_timm.probes.base.is_correct = is_correct
+    dreal_timm.probes.taylor.is_correct = is_correct
 
 
 def keep_memory() -> None:

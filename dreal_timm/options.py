@@ -1,53 +1,115 @@
-"""Options of the task: which go together, and with which network"""
-import math
+"""What a key of a recipe is: a name, a type, a default, and the values that are accepted"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-from dreal_timm.norms import check_probeable
-from dreal_timm.probe import PROBES
-
-__all__ = ['ACTORS', 'check_options']
-
-ACTORS = ('critic', 'direct')
+__all__ = ['Key', 'convert']
 
 
-def check_options(
-        model: nn.Module,
-        actor_weight: float,
-        probe: str,
-        probe_dtype: str | torch.dtype | None,
-        taylor_target: str | None,
-        taylor_sites: str,
-        actor: str,
-        actor_start: int,
-        standardized: bool,
-) -> None:
-    """Raise a ValueError if options of `DrealTask` do not go with each other or with the model."""
-    if not 0 <= actor_weight < math.inf:
-        raise ValueError(f'actor_weight must be 0 or more, got {actor_weight}.')
-    if probe not in (*PROBES, 'taylor'):
-        raise ValueError(f"Unknown probe '{probe}', expected one of {sorted([*PROBES, 'taylor'])}.")
-    if probe == 'taylor' and probe_dtype is not None:
-        raise ValueError("probe_dtype is for counterfactual passes; probe='taylor' makes none.")
-    if probe != 'taylor':
-        for name, asked in (
-            ('taylor_target', taylor_target is not None), ('taylor_sites', taylor_sites != 'all'),
-            ("actor='direct'", actor == 'direct'),
-        ):
-            if asked:
-                raise ValueError(f"{name} is for probe='taylor', not for probe='{probe}'.")
-    if actor not in ACTORS:
-        raise ValueError(f"actor must be one of {', '.join(ACTORS)}, got '{actor}'.")
-    if actor == 'direct' and standardized:
-        raise ValueError("actor='direct' raises rewards themselves, whose sum standardized ones would not change.")
-    if not isinstance(actor_start, int) or actor_start < 0:
-        raise ValueError(f'actor_start must be a number of epochs, 0 or more, got {actor_start!r}.')
-    if probe_dtype not in (None, 'float32', torch.float32):
-        raise ValueError(f"probe_dtype must be None or 'float32', got {probe_dtype!r}.")
-    if probe_dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        raise ValueError("probe_dtype='float32' needs a network with float32 weights, under autocast.")
-    if isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'):
-        raise ValueError('Pass the plain network; compile() and prepare_distributed() are methods of the task.')
-    check_probeable(model)
+def _bool(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ('true', 'false', 'yes', 'no', 'on', 'off'):
+        return value.lower() in ('true', 'yes', 'on')
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError
+    return int(value)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value)
+
+
+def _str(value: Any) -> str:
+    if isinstance(value, (bool, dict, list)):
+        raise ValueError
+    return str(value)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError
+    return dict(value)
+
+
+def _rotate(value: Any) -> str | int:
+    return value if value in ('epoch', 'step') else _int(value)
+
+
+def _list(of: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    def convert_list(value: Any) -> list[Any]:
+        return [of(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return convert_list
+
+
+_TYPES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    'bool': (_bool, 'true or false'),
+    'int': (_int, 'a whole number'),
+    'float': (_float, 'a number'),
+    'str': (_str, 'a text'),
+    'dict': (_dict, 'a mapping'),
+    'ints': (_list(_int), 'a list of whole numbers'),
+    'floats': (_list(_float), 'a list of numbers'),
+    'strs': (_list(_str), 'a list of texts'),
+    'rotate': (_rotate, "'epoch', 'step' or a whole number"),
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a recipe.
+
+    Attributes:
+        name: The key.
+        type: Its type, a name in the table of types.
+        default: Its value where the recipe has none; None is allowed as a value where it is the default.
+        help: What it means.
+        nullable: Whether null is a value of its own, and not the default.
+        minimum: Smallest number that is accepted.
+        maximum: Largest number that is accepted.
+        length: Number of values of a list.
+        choices: The texts that are accepted, where not every one is.
+    """
+    name: str
+    type: str
+    default: Any
+    help: str
+    nullable: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    length: int | None = None
+    choices: tuple[str, ...] = ()
+
+
+def convert(key: Key, value: Any, where: str = '') -> Any:
+    """Return the value in the type of the key; texts that are numbers (YAML reads 1e-4 as text) become numbers.
+
+    Raises:
+        ValueError: The value has another type, or is not accepted.
+    """
+    if value is None and (key.default is None or key.nullable):
+        return None
+    function, expected = _TYPES[key.type]
+    try:
+        converted = function(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f'{where}{key.name}: expected {expected}, got {value!r}.') from None
+    values = converted if isinstance(converted, list) else [converted]
+    problem = ''
+    if key.length is not None and len(values) != key.length:
+        problem = f'expected {key.length} values'
+    elif key.minimum is not None and not all(number >= key.minimum for number in values):
+        problem = f'must be {key.minimum} or more'
+    elif key.maximum is not None and not all(number <= key.maximum for number in values):
+        problem = f'must be {key.maximum} or less'
+    elif key.choices and converted not in key.choices:
+        problem = f'expected one of {", ".join(repr(choice) for choice in key.choices)}'
+    if problem:
+        raise ValueError(f'{where}{key.name}: {problem}, got {value!r}.')
+    return converted

@@ -14,20 +14,20 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dreal_timm.attention import Group, Site, attention_parameters, find_sites, group_sites
+from dreal_timm.attention.readers import without_sites
+from dreal_timm.attention.sites import Group, Site, attention_parameters, find_sites, group_sites
+from dreal_timm.config import check_options
 from dreal_timm.critic import Critic
-from dreal_timm.flow import trace_flow
 from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
-from dreal_timm.measure import Measure, PassMeasure
-from dreal_timm.options import check_options
-from dreal_timm.probe import PROBES
-from dreal_timm.readers import without_sites
+from dreal_timm.probes.base import Measure, PassMeasure
+from dreal_timm.probes.counterfactual import PROBES
+from dreal_timm.probes.entry_points import trace_flow
+from dreal_timm.probes.taylor import TaylorMeasure
 from dreal_timm.reward import RewardRule, reward
 from dreal_timm.rotation import Rotation
 from dreal_timm.share import ActorShare
-from dreal_timm.taylor import TaylorMeasure
 from dreal_timm.trainable import DrealTrainableModule
-from dreal_timm.transfer import to_device
+from dreal_timm.utils.transfer import to_device
 
 __all__ = ['DrealTask']
 

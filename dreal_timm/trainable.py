@@ -11,12 +11,11 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import nn
 
-from dreal_timm.attention import Group
-from dreal_timm.capture import Reading, map_again, read_map, record, tap
+from dreal_timm.attention.capture import Reading, keep_inputs, map_again, read_map, record, tap
+from dreal_timm.attention.readers import map_size
+from dreal_timm.attention.sites import Group
 from dreal_timm.critic import Critic
-from dreal_timm.norms import record_norms
-from dreal_timm.readers import map_size
-from dreal_timm.restart import keep_inputs
+from dreal_timm.replay.batch_norms import record_norms
 from dreal_timm.rotation import Rotation
 
 __all__ = ['DrealTrainableModule', 'first_order', 'stack_maps', 'stack_readings']

@@ -12,7 +12,7 @@ from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.layers.squeeze_excite import SEModule
 from torch import nn
 
-from dreal_timm.attention import Group
+from dreal_timm.attention.sites import Group
 from dreal_timm.layers import SrmModule
 
 

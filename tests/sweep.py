@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.attention import Site, attention_parameters, find_sites, site_reader
+from dreal_timm.attention.capture import bypass, read_map, record
+from dreal_timm.attention.gates import second_map
+from dreal_timm.attention.readers import readers_of, unread
+from dreal_timm.attention.sites import Site, attention_parameters, find_sites, site_reader
 from dreal_timm.audit import Auditor
-from dreal_timm.capture import bypass, read_map, record
-from dreal_timm.gates import second_map
-from dreal_timm.overrides import scratch_buffers
-from dreal_timm.readers import readers_of, unread
+from dreal_timm.replay.overrides import scratch_buffers
 
 DOCUMENT = Path(__file__).parents[1] / 'docs' / 'supported.md'
 SIZES = (64, 96, 128, 160, 192, 224, 256)

@@ -9,50 +9,26 @@ import pytest
 import dreal_timm
 
 ROOT = Path(dreal_timm.__file__).parent
-CORE = {
-    'readers', 'gates', 'overrides', 'attention', 'capture', 'critic', 'draws', 'flow', 'losses', 'measure', 'norms',
-    'options', 'passes', 'probe', 'restart', 'reward', 'rotation', 'share', 'task', 'taylor', 'trainable', 'transfer',
-}
+METHOD = {'attention', 'critic', 'losses', 'options', 'probes', 'replay', 'reward', 'rotation', 'share', 'trainable'}
+BASE = {'errors', 'utils', 'version'}
+NETWORKS = {'data', 'hub', 'layers', 'models'}
 ALLOWED = {
-    'version': set(),
-    'errors': set(),
-    'terminal': {'errors'},
-    'files': set(),
-    'layers': set(),
+    **{name: set[str]() for name in (
+        'version', 'errors', 'layers', 'replay', 'critic', 'reward', 'rotation', 'losses', 'share', 'options')},
+    'utils': {'errors'},
     'models': {'layers'},
-    'readers': {'layers'},
-    'overrides': set(),
-    'critic': set(),
-    'reward': set(),
-    'rotation': set(),
-    'losses': set(),
-    'share': set(),
-    'transfer': set(),
-    'norms': set(),
-    'gates': {'readers'},
-    'attention': {'readers', 'gates', 'overrides'},
-    'capture': {'readers', 'gates', 'overrides', 'attention'},
-    'draws': {'overrides'},
-    'restart': {'overrides', 'attention', 'capture'},
-    'flow': {'overrides', 'attention', 'draws', 'restart'},
-    'passes': {'overrides', 'attention', 'capture', 'draws', 'norms', 'restart'},
-    'probe': {'attention', 'flow', 'passes', 'restart', 'transfer'},
-    'trainable': {'readers', 'attention', 'capture', 'critic', 'norms', 'restart', 'rotation'},
-    'measure': {'attention', 'draws', 'passes', 'probe', 'reward', 'trainable'},
-    'taylor': {'attention', 'measure', 'passes', 'reward', 'trainable', 'transfer'},
-    'options': {'norms', 'probe'},
-    'task': {
-        'readers', 'attention', 'critic', 'flow', 'losses', 'measure', 'options', 'probe', 'reward', 'rotation',
-        'share', 'taylor', 'trainable', 'transfer',
-    },
+    'attention': {'layers', 'replay'},
+    'trainable': {'attention', 'critic', 'replay', 'rotation'},
+    'probes': {'attention', 'replay', 'reward', 'trainable', 'utils'},
+    'config': {'probes', 'replay'},
+    'task': METHOD | {'config', 'utils'},
     'data': {'errors'},
-    'audit': CORE | {'files', 'layers', 'models', 'data', 'hub', 'errors', 'version'},
-    'hub': CORE | {'files', 'layers', 'models', 'data', 'errors', 'version'},
-    'reid': CORE | {'files', 'layers', 'models', 'data', 'hub', 'errors', 'version'},
-    'train': CORE | {'files', 'terminal', 'layers', 'models', 'data', 'hub', 'reid', 'version', 'errors'},
-    'cli': CORE | {
-        'files', 'terminal', 'layers', 'models', 'data', 'hub', 'audit', 'reid', 'train', 'version', 'errors'},
-    '__init__': CORE | {'models', 'version'},
+    'hub': METHOD | NETWORKS | BASE,
+    'audit': METHOD | NETWORKS | BASE,
+    'reid': METHOD | NETWORKS | BASE,
+    'train': METHOD | NETWORKS | BASE | {'config', 'reid', 'task'},
+    'cli': METHOD | NETWORKS | BASE | {'audit', 'reid', 'train'},
+    '__init__': METHOD | {'models', 'task', 'version'},
     '__main__': {'cli'},
 }
 PACKAGES = {  # beside the standard library, torch and timm
@@ -60,7 +36,7 @@ PACKAGES = {  # beside the standard library, torch and timm
     'data': {'numpy', 'PIL', 'matplotlib', 'sklearn', 'torchvision'},
     'audit': {'PIL', 'matplotlib', 'numpy', 'safetensors', 'scipy', 'tqdm'},
     'hub': {'huggingface_hub', 'onnxruntime', 'safetensors', 'yaml'},
-    'norms': {'torchvision'},
+    'replay': {'torchvision'},
     'reid': {'PIL', 'pytorch_metric_learning'},
     'errors': {'safetensors'},
     'cli': {'yaml'},

@@ -8,10 +8,10 @@ from oracle import map_by_hand
 from timm.layers import SEModule
 from torch import nn
 
-from dreal_timm.attention import attention_parameters, find_sites, group_sites
-from dreal_timm.capture import bypass, read_map, record
-from dreal_timm.overrides import scratch_buffers
-from dreal_timm.readers import READERS, Reader, register_attention
+from dreal_timm.attention.capture import bypass, read_map, record
+from dreal_timm.attention.readers import READERS, MapReader, register_attention
+from dreal_timm.attention.sites import attention_parameters, find_sites, group_sites
+from dreal_timm.replay.overrides import scratch_buffers
 
 
 def hook_count(model: nn.Module) -> int:
@@ -170,7 +170,7 @@ def test_a_descriptor_that_is_the_input_has_no_graph():
             return x * self.gate(self.fc(x).mean((2, 3), keepdim=True))
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Gated())
-    reader = Reader(
+    reader = MapReader(
         'channel', lambda m, x: (x.mean((2, 3), keepdim=True), (x,)),
         lambda m, x: m.gate(m.fc(x).mean((2, 3), keepdim=True)),
     )
@@ -262,7 +262,7 @@ def test_register_attention():
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Doubt())
     assert find_sites(model, (3, 16, 16)) == []
-    reader = Reader('channel', describe, lambda m, x: m.gate(m.fc(x)))
+    reader = MapReader('channel', describe, lambda m, x: m.gate(m.fc(x)))
     try:
         register_attention(Doubt, reader)
         assert [site.name for site in find_sites(model, (3, 16, 16))] == ['1']
@@ -271,7 +271,7 @@ def test_register_attention():
     finally:
         READERS.pop(Doubt, None)
     with pytest.raises(ValueError, match='sideways'):
-        register_attention(Doubt, Reader('sideways', describe, lambda m, x: x))
+        register_attention(Doubt, MapReader('sideways', describe, lambda m, x: x))
 
 
 def test_subclasses_are_not_recognised():

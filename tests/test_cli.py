@@ -142,7 +142,7 @@ def test_usage(arguments, capsys):
 def test_no_traceback_from_a_process(tmp_path):
     """The same holds for the installed program."""
     process = subprocess.run(
-        [sys.executable, '-m', 'dreal_timm.cli', 'train', 'nothing'], capture_output=True, text=True,
+        [sys.executable, '-m', 'dreal_timm', 'train', 'nothing'], capture_output=True, text=True,
         cwd=Path(dreal_timm.__file__).parent.parent,
     )
     assert process.returncode == 2

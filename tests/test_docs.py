@@ -10,9 +10,9 @@ import timm
 import torch
 from reid.pictures import market
 
+from dreal_timm.attention.readers import READERS
 from dreal_timm.hub import export
-from dreal_timm.readers import READERS
-from dreal_timm.train.table import DREAL_KEYS
+from dreal_timm.train.settings import DREAL_KEYS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

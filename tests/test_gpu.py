@@ -92,7 +92,7 @@ def test_what_is_broken_is_found(tmp_path):
     alone = ('benchmarks/gpu_parts/table.py', "ATTENTION = ('se', 'cbam', 'srm')", "ATTENTION = ('se',)")
     root = copy_of_the_tree(tmp_path / 'tree', [
         ('dreal_timm/reward.py', '-torch.expm1(change)', '-torch.expm1(change / 2)'),
-        ('dreal_timm/draws.py', 'self.mask = self.draw(ones)', 'self.mask = ones'),
+        ('dreal_timm/replay/random_masks.py', 'self.mask = self.draw(ones)', 'self.mask = ones'),
         ('dreal_timm/trainable.py', '{name: parameter.detach() for', '{name: parameter for'), alone])
     done = run(tmp_path / 'out', '--parts', 'right.float32', '--small', '--device', 'cpu', root=root)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -11,7 +11,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.attention import attention_parameters
+from dreal_timm.attention.sites import attention_parameters
 from dreal_timm.audit import load_critic
 from dreal_timm.critic import RecurrentCritic
 from dreal_timm.reward import RewardRule, reward, standardize

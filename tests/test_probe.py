@@ -9,15 +9,15 @@ from timm.layers import EvoNorm2dB0, convert_splitbn_model
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.attention import find_sites, group_sites
-from dreal_timm.draws import Draws, record_draws, rng_state
-from dreal_timm.flow import trace_flow
+from dreal_timm.attention.capture import keep_inputs
+from dreal_timm.attention.sites import find_sites, group_sites
 from dreal_timm.layers import SrmModule
-from dreal_timm.norms import _join_stats, check_probeable, record_norms
-from dreal_timm.passes import Judged, log_probabilities
-from dreal_timm.passes import counterfactual as counterfactual_logits
-from dreal_timm.probe import PROBES
-from dreal_timm.restart import keep_inputs
+from dreal_timm.probes.counterfactual import PROBES
+from dreal_timm.probes.entry_points import trace_flow
+from dreal_timm.probes.passes import Judged, log_probabilities
+from dreal_timm.probes.passes import counterfactual as counterfactual_logits
+from dreal_timm.replay.batch_norms import _join_stats, check_probeable, record_norms
+from dreal_timm.replay.random_masks import Draws, record_draws, rng_state
 
 MODES = ('batch_norm', 'frozen_batch_norm', 'group_norm')
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}

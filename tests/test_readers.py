@@ -26,10 +26,10 @@ from timm.models.senet import SEModule as SenetSEModule
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.attention import attention_parameters, find_sites, group_sites, site_reader
-from dreal_timm.capture import bypass, read_map, record, tap
+from dreal_timm.attention.capture import bypass, read_map, record, tap
+from dreal_timm.attention.readers import KINDS, READERS, WITHOUT_MAP, MapReader, readers_of, register_attention, unread
+from dreal_timm.attention.sites import attention_parameters, find_sites, group_sites, site_reader
 from dreal_timm.layers import BamModule, SrmModule
-from dreal_timm.readers import KINDS, READERS, WITHOUT_MAP, Reader, readers_of, register_attention, unread
 
 C = 16
 DOUBLE = dict(rtol=1e-10, atol=1e-12)
@@ -497,20 +497,20 @@ def test_a_reader_by_kind_alone():
     model = nn.Sequential(nn.Conv2d(3, C, 3), Doubt()).double()
     assert 'unknown' in unread(model)['Doubt']
     try:
-        register_attention(Doubt, Reader('channel'))
+        register_attention(Doubt, MapReader('channel'))
         sites = find_sites(model, (3, 16, 16))
         with record(model, sites) as readings:
             model(make_batch(2, 16, dtype=torch.float64)[0])
         read_map(model, sites[0], readings['1']).sum().backward()
         assert model[1].fc.weight.grad.abs().sum() > 0 and model[0].weight.grad is None
         with pytest.raises(ValueError, match='already'):
-            register_attention(Doubt, Reader('channel'))
+            register_attention(Doubt, MapReader('channel'))
     finally:
         READERS.pop(Doubt)
     with pytest.raises(ValueError, match='needs a reader'):
         register_attention(Doubt)
     with pytest.raises(ValueError, match='part'):
-        register_attention(Doubt, Reader('height'), Reader('width'))
+        register_attention(Doubt, MapReader('height'), MapReader('width'))
     assert Doubt not in READERS
 
 

@@ -15,14 +15,15 @@ from timm.models.cspnet import CspStagesCfg, CspStemCfg
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.attention import Group, Site, find_sites, group_sites
-from dreal_timm.draws import Draws, record_draws, rng_state
-from dreal_timm.flow import Flow, trace_flow
-from dreal_timm.norms import record_norms
-from dreal_timm.passes import Entry, Judged, class_log_probability, counterfactual, travel
-from dreal_timm.probe import PROBES, SplitProbe
-from dreal_timm.readers import READERS
-from dreal_timm.restart import keep_inputs, select
+from dreal_timm.attention.capture import keep_inputs
+from dreal_timm.attention.readers import READERS
+from dreal_timm.attention.sites import Group, Site, find_sites, group_sites
+from dreal_timm.probes.counterfactual import PROBES, SplitProbe
+from dreal_timm.probes.entry_points import Flow, trace_flow
+from dreal_timm.probes.passes import Entry, Judged, class_log_probability, counterfactual, travel
+from dreal_timm.probes.restart import select
+from dreal_timm.replay.batch_norms import record_norms
+from dreal_timm.replay.random_masks import Draws, record_draws, rng_state
 from dreal_timm.reward import reward
 
 TOLERANCE = dict(rtol=0, atol=1e-9)

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreal_timm
 from dreal_timm import DrealTask
-from dreal_timm.attention import attention_parameters
-from dreal_timm.probe import ExactProbe
+from dreal_timm.attention.sites import attention_parameters
+from dreal_timm.probes.counterfactual import ExactProbe
 from dreal_timm.train.finite import FiniteWatch
 from dreal_timm.train.progress import Meter
 
@@ -550,7 +550,7 @@ def test_public_surface():
     """The names of the README are there."""
     assert isinstance(dreal_timm.__version__, str)
     assert issubclass(dreal_timm.DrealTask, ClassificationTask)
-    assert {'find_sites', 'register_attention', 'Reader', 'Critic'} <= set(dir(dreal_timm))
+    assert {'find_sites', 'register_attention', 'MapReader', 'Critic'} <= set(dir(dreal_timm))
 
 
 class Copies(TorchDispatchMode):

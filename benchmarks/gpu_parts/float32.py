@@ -13,9 +13,9 @@ from oracle import quality_by_hand, site_inputs
 from timm.task import ClassificationTask
 from torch import nn
 
-from dreal_timm.attention import attention_parameters
-from dreal_timm.draws import rng_state
-from dreal_timm.passes import Entry, Judged, class_log_probability, counterfactual, travel
+from dreal_timm.attention.sites import attention_parameters
+from dreal_timm.probes.passes import Entry, Judged, class_log_probability, counterfactual, travel
+from dreal_timm.replay.random_masks import rng_state
 from gpu_parts.case import SEED, Case, gradients_of, largest, length
 from gpu_parts.record import Record
 from gpu_parts.table import ATTENTION

@@ -177,7 +177,7 @@ def main(record: Record, device: torch.device, small: bool) -> None:
             record.run(f'{kind}.idle', partial(measure_idle, record, run, kind), seconds=5)
 
     with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder, 'images'))
+        write_images(Path(folder, 'images'), train=batch)  # a recipe's batch must be there
         for kind in TASKS:
             names, left = _names(kind, device), record.left
             record.run(names, partial(one, kind, folder), seconds=max(5.0, longest))

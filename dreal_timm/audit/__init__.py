@@ -10,7 +10,7 @@ from .sites import describe_sites as describe_sites
 from .sites import format_sites as format_sites
 
 _LAZY = {
-    'Audit': 'result', 'Auditor': 'effects', 'audit': 'run', 'audit_model': 'command', 'audit_network': 'command',
+    'Audit': 'result', 'Auditor': 'auditor', 'audit': 'run', 'audit_model': 'command', 'audit_network': 'command',
     'bootstrap': 'intervals', 'channel_attention': 'figures', 'compare_audits': 'compare', 'compare_models': 'compare',
     'format_comparison': 'compare', 'format_summary': 'summary', 'gain_along_depth': 'figures',
     'load_critic': 'calibration', 'reliability_diagram': 'figures', 'reward_distribution': 'figures',

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from timm.models import clean_state_dict
 from torch import nn
 
-from dreal_timm.attention import Group
+from dreal_timm.attention.sites import Group
 from dreal_timm.audit.result import Audit
 from dreal_timm.critic import CELLS, Critic
 from dreal_timm.hub.loading import read_checkpoint

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dreal_timm.audit.effects import Auditor
+from dreal_timm.audit.auditor import Auditor
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.audit.loader import LoaderImages
 from dreal_timm.audit.result import MARGIN, Audit

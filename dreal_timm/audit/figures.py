@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dreal_timm.attention.readers import map_size
 from dreal_timm.audit.calibration import reliability
 from dreal_timm.audit.result import Audit
-from dreal_timm.readers import map_size
 
 __all__ = [
     'INK', 'channel_attention', 'gain_along_depth', 'reliability_diagram', 'reward_distribution', 'spatial_attention',

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from dreal_timm.audit.effects import Auditor
+from dreal_timm.audit.auditor import Auditor
 from dreal_timm.audit.images import NumberedImages, batches, draw_numbers
 from dreal_timm.audit.maps import MapSums
 from dreal_timm.audit.parts import Parts, cut

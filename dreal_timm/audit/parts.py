@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreal_timm.errors import UNREADABLE
-from dreal_timm.files import write_text
+from dreal_timm.utils.files import write_text
 
 __all__ = ['Parts', 'cut', 'write_json']
 

@@ -13,7 +13,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import nn
 
-from dreal_timm.audit.effects import Auditor
+from dreal_timm.audit.auditor import Auditor
 from dreal_timm.audit.loader import LoaderImages
 from dreal_timm.audit.maps import MapSums
 from dreal_timm.audit.result import Audit

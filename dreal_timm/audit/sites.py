@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dreal_timm.attention import Group, Site, attention_parameters, find_sites, group_sites
+from dreal_timm.attention.sites import Group, Site, attention_parameters, find_sites, group_sites
 from dreal_timm.critic import RecurrentCritic
 
 __all__ = ['SiteRow', 'describe_sites', 'format_sites']
@@ -15,7 +15,7 @@ class SiteRow:
     """One attention site.
 
     Attributes:
-        site: Name of the site, see `dreal_timm.attention.Site`.
+        site: Name of the site, see `dreal_timm.attention.sites.Site`.
         attention: Class of its module.
         kind: What its map has a weight for.
         size: Size of its map, without the batch.

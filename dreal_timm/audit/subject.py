@@ -7,9 +7,9 @@ from typing import Any
 from timm.data import resolve_data_config
 from timm.models import get_model_input_config
 
-from dreal_timm.attention import find_sites, group_sites
+from dreal_timm.attention.sites import find_sites, group_sites
+from dreal_timm.audit.auditor import check_network
 from dreal_timm.audit.calibration import load_critic
-from dreal_timm.audit.effects import check_network
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.critic import Critic
 from dreal_timm.data.opening import open_for

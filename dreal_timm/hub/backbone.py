@@ -10,10 +10,10 @@ from timm.models import adapt_input_conv, clean_state_dict, get_model_input_conf
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
+from dreal_timm.attention.readers import READERS
 from dreal_timm.errors import UNREADABLE
 from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.layers import SrmModule
-from dreal_timm.readers import READERS
 
 __all__ = ['Backbone', 'load_backbone', 'open_gates']
 

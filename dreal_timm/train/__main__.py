@@ -7,9 +7,9 @@ def _main(arguments: list[str], debug: bool) -> int:
     from accelerate import PartialState
 
     from dreal_timm.errors import one_line, was_interrupted
-    from dreal_timm.terminal import set_up_log, visible_output
     from dreal_timm.train import describe, load_config, run
     from dreal_timm.train.launch import fast_kernels
+    from dreal_timm.utils.terminal import set_up_log, visible_output
     set_up_log()
     fast_kernels()
     try:

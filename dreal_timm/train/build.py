@@ -16,7 +16,7 @@ from timm.task import ClassificationTask
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dreal_timm.attention import attention_parameters, find_sites
+from dreal_timm.attention.sites import attention_parameters, find_sites
 from dreal_timm.errors import UNREADABLE, WeightsError, nearest, why_unreadable
 from dreal_timm.hub.backbone import load_backbone, open_gates
 from dreal_timm.hub.damage import check_damage

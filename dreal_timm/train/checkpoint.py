@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from dreal_timm.errors import was_interrupted
-from dreal_timm.files import write_text
 from dreal_timm.hub.damage import damaged_record
+from dreal_timm.utils.files import write_text
 
 __all__ = ['BEST', 'LAST', 'Checkpoints', 'kept_checkpoints', 'write_summary']
 

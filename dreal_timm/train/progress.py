@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from dreal_timm.reward import target_class
-from dreal_timm.transfer import to_device
+from dreal_timm.utils.transfer import to_device
 
 __all__ = ['Meter', 'Progress']
 

@@ -11,7 +11,7 @@ import accelerate
 import timm
 import torch
 
-from dreal_timm.files import write_text
+from dreal_timm.utils.files import write_text
 from dreal_timm.version import __version__
 
 __all__ = ['RECORD', 'Record']

@@ -17,7 +17,6 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import random_seed
 from torch import nn
 
-from dreal_timm.files import write_text
 from dreal_timm.hub import describe_network, export
 from dreal_timm.hub.loading import read_checkpoint
 from dreal_timm.hub.results import shared_settings
@@ -34,6 +33,7 @@ from dreal_timm.train.publish import export_anew, publish
 from dreal_timm.train.record import RECORD, Record
 from dreal_timm.train.resume import is_last_of, load_checkpoint, restore, restore_scheduler, resume_path
 from dreal_timm.train.trackers import check_trackers, start_trackers
+from dreal_timm.utils.files import write_text
 
 __all__ = ['describe', 'run', 'set_up']
 

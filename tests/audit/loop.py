@@ -2,7 +2,7 @@
 import torch
 from networks import correct_targets, make_batch
 
-from dreal_timm.readers import readers_of
+from dreal_timm.attention.readers import readers_of
 
 
 def batches_of(model, sizes=(5, 3, 4), size=64, num_classes=7):

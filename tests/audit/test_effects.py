@@ -13,10 +13,10 @@ from timm.layers import SEModule
 from torch import nn
 
 from dreal_timm import find_sites
+from dreal_timm.attention.capture import bypass, record
+from dreal_timm.attention.readers import readers_of
 from dreal_timm.audit import Auditor, audit, summarize
-from dreal_timm.capture import bypass, record
 from dreal_timm.critic import Critic
-from dreal_timm.readers import readers_of
 
 
 def test_numbers_are_those_of_a_loop_over_sites(attention):

@@ -16,7 +16,7 @@ from networks import make_model
 from PIL import Image
 
 from dreal_timm import DrealTask
-from dreal_timm.attention import find_sites, group_sites
+from dreal_timm.attention.sites import find_sites, group_sites
 from dreal_timm.audit import Audit, audit, audit_model, command, compare_audits, folder, load_critic
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.audit.subject import load_subject, open_images

@@ -19,7 +19,7 @@ from timm.layers.squeeze_excite import SEModule
 from torch import nn
 
 import dreal_timm
-from dreal_timm.attention import find_sites, group_sites
+from dreal_timm.attention.sites import find_sites, group_sites
 from dreal_timm.critic import Critic
 from dreal_timm.layers import SrmModule
 

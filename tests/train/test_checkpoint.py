@@ -284,7 +284,7 @@ def test_a_full_disk(images, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
     process = subprocess.run(
-        [sys.executable, '-m', 'dreal_timm.cli', 'train', str(path)], capture_output=True, text=True, timeout=120,
+        [sys.executable, '-m', 'dreal_timm', 'train', str(path)], capture_output=True, text=True, timeout=120,
         preexec_fn=limit, cwd=ROOT,
     )
     assert process.returncode == 2

@@ -5,7 +5,7 @@ import yaml
 
 from dreal_timm.train import find_recipe, list_recipes, load_config
 from dreal_timm.train.config import to_dict
-from dreal_timm.train.table import DREAL_KEYS, KEYS, NOT_SUPPORTED
+from dreal_timm.train.settings import DREAL_KEYS, KEYS, NOT_SUPPORTED
 
 TIMM_DEFAULTS = {  # of timm's train.py, as its parser gives them
     'data_dir': None, 'dataset': '', 'train_split': 'train', 'val_split': 'validation', 'train_num_samples': None,

@@ -23,7 +23,7 @@ from small_run import SE, recipe, write_images
 from timm.utils import unwrap_model
 
 from dreal_timm import DrealTask
-from dreal_timm.attention import attention_parameters
+from dreal_timm.attention.sites import attention_parameters
 from dreal_timm.reid import PKSampler, evaluate_reid
 from dreal_timm.train import build, load_config, loop, run, runner
 from dreal_timm.train.checkpoint import Checkpoints

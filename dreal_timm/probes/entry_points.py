@@ -15,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dreal_timm.attention import Site, on_meta
-from dreal_timm.draws import is_masking
-from dreal_timm.overrides import Hooks, forward_hooks, hooks_of, module_flags, replaced_forward
-from dreal_timm.restart import Restart, restarted, skipped
+from dreal_timm.attention.sites import Site, on_meta
+from dreal_timm.probes.restart import Restart, restarted, skipped
+from dreal_timm.replay.overrides import Hooks, forward_hooks, hooks_of, module_flags, replaced_forward
+from dreal_timm.replay.random_masks import is_masking
 
 __all__ = ['Flow', 'trace_flow']
 

@@ -16,12 +16,12 @@ import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, PolyCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from dreal_timm.attention import Group, find_sites
-from dreal_timm.measure import Measure, Measured
-from dreal_timm.passes import log_probabilities
+from dreal_timm.attention.sites import Group, find_sites
+from dreal_timm.probes.base import Measure, Measured
+from dreal_timm.probes.passes import log_probabilities
 from dreal_timm.reward import is_correct
 from dreal_timm.trainable import DrealTrainableModule, first_order
-from dreal_timm.transfer import to_device
+from dreal_timm.utils.transfer import to_device
 
 __all__ = ['TAYLOR_SITES', 'Pending', 'TaylorMeasure', 'check_criterion']
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-__all__ = ['KINDS', 'Description', 'Reader', 'map_size']
+__all__ = ['KINDS', 'Description', 'MapReader', 'map_size']
 
 Description = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 
@@ -39,10 +39,10 @@ def map_size(kind: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Reader:
+class MapReader:
     """How to read the attention map of one class of modules, or one of its maps.
 
-    `Reader(kind)` alone is enough for a module that calls a submodule `gate` once, whose output is the map, and that
+    `MapReader(kind)` alone is enough for a module that calls a submodule `gate` once, whose output is the map, and that
     changes its input not in place: the map is then computed again by a second call of the module.
 
     Attributes:

@@ -11,9 +11,9 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from dreal_timm.gates import on_map
-from dreal_timm.overrides import module_flags, weights_on_meta
-from dreal_timm.readers import Reader, map_size, readers_of
+from dreal_timm.attention.gates import on_map
+from dreal_timm.attention.readers import MapReader, map_size, readers_of
+from dreal_timm.replay.overrides import module_flags, weights_on_meta
 
 __all__ = ['Group', 'Site', 'attention_parameters', 'find_sites', 'group_sites', 'on_meta', 'site_reader']
 
@@ -24,7 +24,7 @@ class Site:
 
     Attributes:
         name: Dotted path of its module in the model; where a module has several sites, followed by a colon and a part.
-        kind: What the map has a weight for, see `dreal_timm.readers.KINDS`.
+        kind: What the map has a weight for, see `dreal_timm.attention.readers.KINDS`.
         stage: Dotted path of the stage that the site belongs to.
         size: Size of the map: (C,), (H, W) of a spatial one, (C, H), (C, W) or (C, H, W).
     """
@@ -54,7 +54,7 @@ class Group:
         return self.size if self.kind == 'spatial' else self.size[:1]
 
 
-def site_reader(model: nn.Module, site: Site) -> tuple[nn.Module, Reader]:
+def site_reader(model: nn.Module, site: Site) -> tuple[nn.Module, MapReader]:
     """Return the module of a site and the reader of its map."""
     module = model.get_submodule(site.module)
     part = site.name.partition(':')[2]
@@ -77,10 +77,10 @@ class _Trace:
         maps: Name of the site, reader and shape of the map, of every call of a gate that makes one.
         events: Names of the sites when their map is made, and of the modules in `feature_info` when they are done.
     """
-    maps: list[tuple[str, Reader, torch.Size]]
+    maps: list[tuple[str, MapReader, torch.Size]]
     events: list[str]
 
-    def on_map(self, name: str, reader: Reader) -> Callable[[torch.Tensor], None]:
+    def on_map(self, name: str, reader: MapReader) -> Callable[[torch.Tensor], None]:
         def seen(attention: torch.Tensor) -> None:
             self.maps.append((name, reader, attention.shape))
             self.events.append(name)

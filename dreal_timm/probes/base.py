@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreal_timm.attention import Site
-from dreal_timm.draws import Draws, record_draws, rng_state
-from dreal_timm.passes import Judged, log_probabilities, null_noise
-from dreal_timm.probe import Probe
+from dreal_timm.attention.sites import Site
+from dreal_timm.probes.counterfactual import Probe
+from dreal_timm.probes.passes import Judged, log_probabilities, null_noise
+from dreal_timm.replay.random_masks import Draws, record_draws, rng_state
 from dreal_timm.reward import RewardRule, is_correct, target_class
 from dreal_timm.trainable import DrealTrainableModule
 

@@ -4,11 +4,11 @@ A key is one row. What a row's value is passed to stands in `build.py`, `dataset
 """
 from typing import Any
 
+from dreal_timm.config import ACTORS
 from dreal_timm.critic import CELLS
-from dreal_timm.options import ACTORS
+from dreal_timm.options import Key
+from dreal_timm.probes.taylor import TAYLOR_SITES
 from dreal_timm.reward import FORMS, WRONG
-from dreal_timm.taylor import TAYLOR_SITES
-from dreal_timm.train.keys import Key
 
 __all__ = ['DREAL_KEYS', 'KEYS', 'NOT_SUPPORTED']
 

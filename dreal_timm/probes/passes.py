@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from dreal_timm.attention import Site
-from dreal_timm.capture import bypass
-from dreal_timm.draws import Draws, Rows, replay_draws, replay_rng
-from dreal_timm.norms import Stats, replay_norms
-from dreal_timm.overrides import module_flags, replaced_forward, scratch_buffers
-from dreal_timm.restart import Restart, restarted, select, skipped
+from dreal_timm.attention.capture import bypass
+from dreal_timm.attention.sites import Site
+from dreal_timm.probes.restart import Restart, restarted, select, skipped
+from dreal_timm.replay.batch_norms import Stats, replay_norms
+from dreal_timm.replay.overrides import module_flags, replaced_forward, scratch_buffers
+from dreal_timm.replay.random_masks import Draws, Rows, replay_draws, replay_rng
 
 __all__ = [
     'Entry', 'Judged', 'class_log_probability', 'counterfactual', 'log_probabilities', 'null_noise', 'travel']

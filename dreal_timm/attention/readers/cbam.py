@@ -5,7 +5,7 @@ from torch import nn
 
 from dreal_timm.layers import BamModule
 
-from .reader import Description, Reader
+from .reader import Description, MapReader
 from .squeeze import pointwise
 
 __all__ = ['CBAM']
@@ -40,12 +40,12 @@ def _describe_light_spatial(module: LightSpatialAttn, x: torch.Tensor, pooled: t
     return x.mean(1, keepdim=True), (pooled,)
 
 
-CBAM: dict[type[nn.Module], Reader] = {
-    ChannelAttn: Reader('channel', _describe_channel, _channel, source='fc1'),
-    SpatialAttn: Reader('spatial', _describe_spatial, _spatial, source='conv'),
+CBAM: dict[type[nn.Module], MapReader] = {
+    ChannelAttn: MapReader('channel', _describe_channel, _channel, source='fc1'),
+    SpatialAttn: MapReader('spatial', _describe_spatial, _spatial, source='conv'),
     # timm's light channel attention has a gate and never calls it
-    LightChannelAttn: Reader(
+    LightChannelAttn: MapReader(
         'channel', _describe_light_channel, _light_channel, gate='fc2', source='fc1', activation=torch.sigmoid),
-    LightSpatialAttn: Reader('spatial', _describe_light_spatial, _spatial, source='conv'),
-    BamModule: Reader('full'),
+    LightSpatialAttn: MapReader('spatial', _describe_light_spatial, _spatial, source='conv'),
+    BamModule: MapReader('full'),
 }

@@ -11,17 +11,16 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from dreal_timm.attention import Group, Site, find_sites, group_sites
-from dreal_timm.capture import Reading, nudge, record, replace
+from dreal_timm.attention.capture import Reading, keep_inputs, nudge, record, replace
+from dreal_timm.attention.readers import without_sites
+from dreal_timm.attention.sites import Group, Site, find_sites, group_sites
 from dreal_timm.critic import Critic
-from dreal_timm.draws import Draws, rng_state
 from dreal_timm.errors import nearest
-from dreal_timm.flow import trace_flow
-from dreal_timm.norms import record_norms
-from dreal_timm.overrides import module_flags
-from dreal_timm.passes import Entry, Judged, class_log_probability, counterfactual, travel
-from dreal_timm.readers import without_sites
-from dreal_timm.restart import keep_inputs
+from dreal_timm.probes.entry_points import trace_flow
+from dreal_timm.probes.passes import Entry, Judged, class_log_probability, counterfactual, travel
+from dreal_timm.replay.batch_norms import record_norms
+from dreal_timm.replay.overrides import module_flags
+from dreal_timm.replay.random_masks import Draws, rng_state
 from dreal_timm.reward import is_correct
 from dreal_timm.trainable import stack_readings
 
@@ -156,7 +155,7 @@ class Auditor:
         return self._answers(seen, changing)
 
     def again(self, seen: Seen) -> Answer:
-        """Run the network again for each site with nothing changed but roundings, see `dreal_timm.capture.nudge`.
+        """Run the network again for each site with nothing changed but roundings, see `attention.capture.nudge`.
 
         Args:
             seen: What `see` returned of the batch.

@@ -3,7 +3,7 @@ import torch
 from timm.layers.coord_attn import CoordAttn, EfficientLocalAttn, SimpleCoordAttn, StripAttn
 from torch import nn
 
-from .reader import Description, Reader
+from .reader import Description, MapReader
 
 __all__ = ['AXES']
 
@@ -57,23 +57,23 @@ def _strip(module: StripAttn, rows: torch.Tensor, columns: torch.Tensor) -> torc
     return module.gate(module.conv_h(rows) + module.conv_w(columns))
 
 
-AXES: dict[type[nn.Module], tuple[Reader, ...]] = {
+AXES: dict[type[nn.Module], tuple[MapReader, ...]] = {
     CoordAttn: (
-        Reader(
+        MapReader(
             'height', _describe_coordinate, _coordinate_height, source='conv1', part='height', call=0, calls=2,
             parameters=('conv1', 'bn1', 'act', 'conv_h')),
-        Reader(
+        MapReader(
             'width', _describe_coordinate, _coordinate_width, source='conv1', part='width', call=1, calls=2,
             parameters=('conv1', 'bn1', 'act', 'conv_w')),
     ),
     EfficientLocalAttn: (
-        Reader(
+        MapReader(
             'height', _describe_strip, _local_height, source='conv_h', part='height', call=0, calls=2,
             parameters=('conv_h', 'norm_h', 'act')),
-        Reader(
+        MapReader(
             'width', _describe_strip, _local_width, source='conv_w', part='width', call=1, calls=2,
             parameters=('conv_w', 'norm_w', 'act')),
     ),
-    SimpleCoordAttn: (Reader('full', _describe_simple, _simple, source='fc1'),),
-    StripAttn: (Reader('full', _describe_strip, _strip, source=('conv_h', 'conv_w')),),
+    SimpleCoordAttn: (MapReader('full', _describe_simple, _simple, source='fc1'),),
+    StripAttn: (MapReader('full', _describe_strip, _strip, source=('conv_h', 'conv_w')),),
 }

@@ -6,7 +6,7 @@ the pooled input, for what the module's two branches make of that input.
 import torch
 from timm.models.ghostnet import GhostModuleV2, GhostModuleV3
 
-from .reader import Description, Reader
+from .reader import Description, MapReader
 
 __all__ = ['ghost', 'ghost_reparameterised']
 
@@ -19,17 +19,17 @@ def _evaluate(module: GhostModuleV2 | GhostModuleV3, pooled: torch.Tensor) -> to
     return module.gate_fn(module.short_conv(pooled))
 
 
-def _reader(*branches: str) -> Reader:
-    return Reader(
+def _reader(*branches: str) -> MapReader:
+    return MapReader(
         'full', _describe, _evaluate, gate='gate_fn', source='short_conv', features=branches,
         parameters=('short_conv',))
 
 
-def ghost(module: GhostModuleV2) -> tuple[Reader, ...]:
+def ghost(module: GhostModuleV2) -> tuple[MapReader, ...]:
     return (_reader('primary_conv', 'cheap_operation'),)
 
 
-def ghost_reparameterised(module: GhostModuleV3) -> tuple[Reader, ...]:
+def ghost_reparameterised(module: GhostModuleV3) -> tuple[MapReader, ...]:
     """Most modules of this class have no attention; branches have other names once they are merged for inference."""
     if module.mode != 'shortcut':
         return ()

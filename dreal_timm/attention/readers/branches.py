@@ -7,7 +7,7 @@ import torch
 from timm.layers.selective_kernel import SelectiveKernelAttn
 from timm.layers.split_attn import SplitAttn
 
-from .reader import Description, Reader
+from .reader import Description, MapReader
 
 __all__ = ['SELECTIVE_KERNEL', 'split_attention']
 
@@ -29,11 +29,11 @@ def _split(module: SplitAttn, pooled: torch.Tensor) -> torch.Tensor:
     return module.rsoftmax(module.fc2(module.act1(module.bn1(module.fc1(pooled)))))
 
 
-SELECTIVE_KERNEL = Reader('branch', _describe_kernels, _kernels, gate='', source='fc_reduce')
+SELECTIVE_KERNEL = MapReader('branch', _describe_kernels, _kernels, gate='', source='fc_reduce')
 
 
-def split_attention(module: SplitAttn) -> tuple[Reader, ...]:
+def split_attention(module: SplitAttn) -> tuple[MapReader, ...]:
     kind = 'branch' if module.radix > 1 else 'channel'
-    return (Reader(
+    return (MapReader(
         kind, _describe_split, _split, gate='rsoftmax', source='fc1', features='act0',
         parameters=('fc1', 'bn1', 'act1', 'fc2')),)

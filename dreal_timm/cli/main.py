@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dreal_timm.errors import one_line, was_interrupted
-from dreal_timm.terminal import set_up_log, visible_output
+from dreal_timm.utils.terminal import set_up_log, visible_output
 from dreal_timm.version import __version__
 
 __all__ = ['main']
@@ -39,8 +39,8 @@ def _options(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _validate(args: argparse.Namespace) -> None:
-    from dreal_timm.files import write_text
     from dreal_timm.train.validate import describe, validate
+    from dreal_timm.utils.files import write_text
     if args.results and (Path(args.results).exists() or not Path(args.results).parent.is_dir()):
         raise FileExistsError(f"--results: '{args.results}' exists, or its folder does not.")
     results = validate(
@@ -53,11 +53,11 @@ def _validate(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from dreal_timm.attention.readers import without_sites
     from dreal_timm.audit import describe_sites, format_sites
     from dreal_timm.hub.loading import fetch_network, timm_name
     from dreal_timm.hub.run import exported_folder, open_network
     from dreal_timm.hub.shapes import bounded, build
-    from dreal_timm.readers import without_sites
     options, exported = _options(args.options), exported_folder(args.model)
     if exported is None and Path(args.model).exists():  # a run that has not ended, or one of timm
         model = open_network(args.model, **options)
@@ -174,7 +174,7 @@ def _push(args: argparse.Namespace) -> None:
 
 def _recipes(args: argparse.Namespace) -> None:
     from dreal_timm.train import find_recipe, list_recipes
-    from dreal_timm.train.table import DREAL_KEYS, KEYS
+    from dreal_timm.train.settings import DREAL_KEYS, KEYS
     if args.keys:
         for prefix, keys in (('', KEYS), ('dreal.', DREAL_KEYS)):
             for key in keys:
@@ -311,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument('--message', metavar='TEXT', default='', help='message of the commit')
     push.set_defaults(function=_push)
 
-    from dreal_timm.reid.command import add_commands
+    from dreal_timm.cli.reid import add_commands
     add_commands(commands.add_parser('reid', help='person re-identification'))
 
     recipes = commands.add_parser('recipes', help='list the recipes of the package, or copy one')

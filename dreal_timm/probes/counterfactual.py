@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreal_timm.attention import Group, Site
-from dreal_timm.flow import Flow
-from dreal_timm.passes import Entry, Judged, class_log_probability, counterfactual, log_probabilities, travel
-from dreal_timm.restart import Restart, keep_inputs, select
-from dreal_timm.transfer import to_device
+from dreal_timm.attention.capture import keep_inputs
+from dreal_timm.attention.sites import Group, Site
+from dreal_timm.probes.entry_points import Flow
+from dreal_timm.probes.passes import Entry, Judged, class_log_probability, counterfactual, log_probabilities, travel
+from dreal_timm.probes.restart import Restart, select
+from dreal_timm.utils.transfer import to_device
 
 __all__ = ['PROBES', 'ExactProbe', 'Probe', 'SplitProbe']
 

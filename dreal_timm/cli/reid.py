@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dreal_timm.files import write_text
 from dreal_timm.hub import read_network
 from dreal_timm.reid.checking import check_reid
 from dreal_timm.reid.evaluation import check_reranked, evaluate_network, open_checked, told_of
@@ -13,6 +12,7 @@ from dreal_timm.reid.layouts import LAYOUTS, open_reid
 from dreal_timm.reid.metrics import CAMERA_RULES, METRICS
 from dreal_timm.reid.pictures import check_kind, draw_rankings, rank_queries
 from dreal_timm.reid.searching import search
+from dreal_timm.utils.files import write_text
 
 __all__ = ['add_commands']
 

@@ -14,7 +14,7 @@ from timm.layers import DropBlock2d, DropPath
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dreal_timm.overrides import replaced_forward
+from dreal_timm.replay.overrides import replaced_forward
 
 __all__ = ['Draws', 'Rows', 'is_masking', 'record_draws', 'replay_draws', 'replay_rng', 'rng_state']
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreal_timm.attention import Site, site_reader
-from dreal_timm.gates import on_map, second_map
-from dreal_timm.overrides import scratch_buffers
-from dreal_timm.readers import Reader
+from dreal_timm.attention.gates import on_map, second_map
+from dreal_timm.attention.readers import MapReader
+from dreal_timm.attention.sites import Site, site_reader
+from dreal_timm.replay.overrides import scratch_buffers
 
-__all__ = ['Reading', 'bypass', 'map_again', 'nudge', 'read_map', 'record', 'replace', 'tap']
+__all__ = ['Reading', 'bypass', 'keep_inputs', 'map_again', 'nudge', 'read_map', 'record', 'replace', 'tap']
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Reading:
 class _Recorder:
     """Hooks of one site, and what they have seen in a pass."""
 
-    def __init__(self, module: nn.Module, reader: Reader, stack: ExitStack, done: Callable[[Reading], None]):
+    def __init__(self, module: nn.Module, reader: MapReader, stack: ExitStack, done: Callable[[Reading], None]):
         self.reader = reader
         self.done = done
         self.maps: list[torch.Tensor] = []
@@ -181,3 +181,19 @@ def tap(model: nn.Module, sites: Sequence[Site], taps: Sequence[torch.Tensor]) -
         for site, added in zip(sites, taps, strict=True):
             stack.enter_context(on_map(*site_reader(model, site), adding(added)))
         yield
+
+
+@contextmanager
+def keep_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Keep the inputs of some modules in the forward pass inside the context, without a graph and without a copy."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def on_input(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            kept[name] = args[0].detach()
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(on_input(name)).remove)
+        yield kept

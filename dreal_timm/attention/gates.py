@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreal_timm.readers import Reader
+from dreal_timm.attention.readers import MapReader
 
 __all__ = ['on_map', 'second_map']
 
@@ -14,7 +14,7 @@ __all__ = ['on_map', 'second_map']
 @contextmanager
 def on_map(
         module: nn.Module,
-        reader: Reader,
+        reader: MapReader,
         change: Callable[[torch.Tensor], torch.Tensor | None],
 ) -> Iterator[None]:
     """Call a function with the map in the forward passes inside the context.
@@ -58,7 +58,7 @@ def on_map(
         yield
 
 
-def second_map(module: nn.Module, reader: Reader, *descriptors: torch.Tensor) -> torch.Tensor:
+def second_map(module: nn.Module, reader: MapReader, *descriptors: torch.Tensor) -> torch.Tensor:
     """Compute the map again from its descriptors, with a graph to the module's parameters."""
     if reader.evaluate is not None:
         return reader.evaluate(module, *descriptors)

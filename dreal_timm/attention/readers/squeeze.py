@@ -10,7 +10,7 @@ from torch import nn
 
 from dreal_timm.layers import SrmModule
 
-from .reader import Description, Reader
+from .reader import Description, MapReader
 
 __all__ = ['SQUEEZE', 'pointwise']
 
@@ -79,14 +79,14 @@ def _style(module: SrmModule, style: torch.Tensor) -> torch.Tensor:
     return module.style_integrate(style)
 
 
-SQUEEZE: dict[type[nn.Module], Reader] = {
-    SEModule: Reader('channel', _pooled_by, _se, source='fc1'),
-    EffectiveSEModule: Reader('channel', _pooled_by, _effective_se, source='fc'),
-    HgnetEseModule: Reader('channel', _pooled, _hgnet, gate='sigmoid', source='conv'),
-    SqueezeExciteCl: Reader('channel', _pooled, _se_channels_last, source='fc1'),
-    SqueezeExcite: Reader('channel', _pooled, _squeeze_excite, source='conv_reduce'),
-    SenetSEModule: Reader('channel', _pooled, _senet, gate='sigmoid', source='fc1'),
-    EcaModule: Reader('channel', _pooled, _eca, source='conv'),
-    CecaModule: Reader('channel', _describe_circular, _circular_eca, source='conv'),
-    SrmModule: Reader('channel', _describe_style, _style, source='style'),
+SQUEEZE: dict[type[nn.Module], MapReader] = {
+    SEModule: MapReader('channel', _pooled_by, _se, source='fc1'),
+    EffectiveSEModule: MapReader('channel', _pooled_by, _effective_se, source='fc'),
+    HgnetEseModule: MapReader('channel', _pooled, _hgnet, gate='sigmoid', source='conv'),
+    SqueezeExciteCl: MapReader('channel', _pooled, _se_channels_last, source='fc1'),
+    SqueezeExcite: MapReader('channel', _pooled, _squeeze_excite, source='conv_reduce'),
+    SenetSEModule: MapReader('channel', _pooled, _senet, gate='sigmoid', source='fc1'),
+    EcaModule: MapReader('channel', _pooled, _eca, source='conv'),
+    CecaModule: MapReader('channel', _describe_circular, _circular_eca, source='conv'),
+    SrmModule: MapReader('channel', _describe_style, _style, source='style'),
 }

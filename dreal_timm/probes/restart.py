@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreal_timm.attention import Site
-from dreal_timm.capture import bypass
-from dreal_timm.overrides import replaced_forward
+from dreal_timm.attention.capture import bypass
+from dreal_timm.attention.sites import Site
+from dreal_timm.replay.overrides import replaced_forward
 
-__all__ = ['Restart', 'keep_inputs', 'restarted', 'select', 'skipped']
+__all__ = ['Restart', 'restarted', 'select', 'skipped']
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,6 @@ class Restart:
     def within(self) -> 'Restart':
         """Return how a pass can begin where `join` does, which needs no other input to be kept."""
         return Restart(self.site, self.join, (self.join,), self.outside, ())
-
-
-@contextmanager
-def keep_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Keep the inputs of some modules in the forward pass inside the context, without a graph and without a copy."""
-    kept: dict[str, torch.Tensor] = {}
-
-    def on_input(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            kept[name] = args[0].detach()
-        return hook
-
-    with ExitStack() as stack:
-        for name in names:
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(on_input(name)).remove)
-        yield kept
 
 
 def _first_argument(x: Any, *args: Any, **kwargs: Any) -> Any:

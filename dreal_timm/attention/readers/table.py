@@ -23,12 +23,12 @@ from .branches import SELECTIVE_KERNEL, split_attention
 from .cbam import CBAM
 from .context import gather_excite, global_context
 from .ghost import ghost, ghost_reparameterised
-from .reader import KINDS, Reader
+from .reader import KINDS, MapReader
 from .squeeze import SQUEEZE
 
 __all__ = ['READERS', 'WITHOUT_MAP', 'readers_of', 'register_attention', 'unread', 'without_sites']
 
-READERS: dict[type[nn.Module], tuple[Reader, ...] | Callable[[Any], tuple[Reader, ...]]] = {
+READERS: dict[type[nn.Module], tuple[MapReader, ...] | Callable[[Any], tuple[MapReader, ...]]] = {
     **{cls: (reader,) for cls, reader in {**SQUEEZE, **CBAM}.items()},
     **AXES,
     GatherExcite: gather_excite,
@@ -53,7 +53,7 @@ WITHOUT_MAP: dict[type[nn.Module], str] = {
 }
 
 
-def readers_of(module: nn.Module) -> tuple[Reader, ...]:
+def readers_of(module: nn.Module) -> tuple[MapReader, ...]:
     """Return the readers of a module, one for each of its maps; none where its class is unknown."""
     readers = READERS.get(type(module), ())
     return readers(module) if callable(readers) else readers
@@ -89,7 +89,7 @@ def without_sites(model: nn.Module) -> str:
     )
 
 
-def register_attention(cls: type[nn.Module], *readers: Reader) -> None:
+def register_attention(cls: type[nn.Module], *readers: MapReader) -> None:
     """Make `find_sites` recognise a class of attention modules (that class itself, not its subclasses).
 
     Args:

@@ -1,0 +1,2 @@
+"""The command line, `dreal-timm`"""
+from .main import main as main

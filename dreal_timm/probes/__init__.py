@@ -1,0 +1,1 @@
+"""Probes: how the rewards of a step are measured"""

@@ -1,0 +1,1 @@
+"""Run a network again as it ran before, with the same batch statistics and random masks, and leave no trace"""

@@ -1,0 +1,1 @@
+"""What the rest of the package uses of files, terminals and devices"""
