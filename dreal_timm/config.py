@@ -1,53 +1,63 @@
-"""Options of the task: which go together, and with which network"""
+"""The options of DREAL: every one once, with its default, the values that it accepts and what it means"""
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from dreal_timm.probes.counterfactual import PROBES
-from dreal_timm.replay.batch_norms import check_probeable
+from dreal_timm.options import check_options, option
 
-__all__ = ['ACTORS', 'check_options']
-
-ACTORS = ('critic', 'direct')
+__all__ = ['DrealConfig']
 
 
-def check_options(
-        model: nn.Module,
-        actor_weight: float,
-        probe: str,
-        probe_dtype: str | torch.dtype | None,
-        taylor_target: str | None,
-        taylor_sites: str,
-        actor: str,
-        actor_start: int,
-        standardized: bool,
-) -> None:
-    """Raise a ValueError if options of `DrealTask` do not go with each other or with the model."""
-    if not 0 <= actor_weight < math.inf:
-        raise ValueError(f'actor_weight must be 0 or more, got {actor_weight}.')
-    if probe not in (*PROBES, 'taylor'):
-        raise ValueError(f"Unknown probe '{probe}', expected one of {sorted([*PROBES, 'taylor'])}.")
-    if probe == 'taylor' and probe_dtype is not None:
-        raise ValueError("probe_dtype is for counterfactual passes; probe='taylor' makes none.")
-    if probe != 'taylor':
-        for name, asked in (
-            ('taylor_target', taylor_target is not None), ('taylor_sites', taylor_sites != 'all'),
-            ("actor='direct'", actor == 'direct'),
-        ):
-            if asked:
-                raise ValueError(f"{name} is for probe='taylor', not for probe='{probe}'.")
-    if actor not in ACTORS:
-        raise ValueError(f"actor must be one of {', '.join(ACTORS)}, got '{actor}'.")
-    if actor == 'direct' and standardized:
-        raise ValueError("actor='direct' raises rewards themselves, whose sum standardized ones would not change.")
-    if not isinstance(actor_start, int) or actor_start < 0:
-        raise ValueError(f'actor_start must be a number of epochs, 0 or more, got {actor_start!r}.')
-    if probe_dtype not in (None, 'float32', torch.float32):
-        raise ValueError(f"probe_dtype must be None or 'float32', got {probe_dtype!r}.")
-    if probe_dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        raise ValueError("probe_dtype='float32' needs a network with float32 weights, under autocast.")
-    if isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'):
-        raise ValueError('Pass the plain network; compile() and prepare_distributed() are methods of the task.')
-    check_probeable(model)
+@dataclass(frozen=True, kw_only=True)
+class DrealConfig:
+    """Options of `DrealTask`, and of a recipe's block `dreal:`.
+
+    Attributes:
+        gamma: Penalty of a wrongly classified sample (Eq. 1), in (0, reward_clip].
+        actor_weight: Weight of L_q (Eq. 8, 9). The paper's 1 saturates gates, see docs/training.md.
+        probe: How the rewards of Eq. 1 are measured. 'exact': a counterfactual pass for each group, with the map of
+            the drawn site replaced by its mean. 'split': one pass, each sample with one of these maps. 'taylor':
+            first-order estimate from the backward pass's own gradients, of every site, one step late.
+        probe_every: Rewards are measured every N steps. Between measurements L_q still trains the attention; the
+            critic is not updated.
+        taylor_target: None measures the log-probability of the class; 'loss' each sample's own class loss, for losses
+            whose gradient is another.
+        rotate: When another site of each group is drawn: 'epoch' (Sec. 4.1), 'step', or every N steps.
+        reward_clip: Rewards are clamped to +-reward_clip; None is the literal equation.
+        probe_dtype: 'float32' measures rewards in float32 under autocast; None in the precision of the judged pass.
+        seed: Seed of the critic's weights and of the draw of sites. None is 0, in a recipe the run's seed.
+        critic_cell: 'lstm' (Sec. 3.2) or 'gru'.
+        critic_hidden_size: Hidden units of a critic. Other than 1 (the paper's), a linear read-out follows.
+        critic_depth: Cells of a critic on top of each other.
+
+    Raises:
+        ValueError: An option has a value that it does not accept, or options contradict each other.
+    """
+    gamma: float = option(1.0, 'penalty of a wrongly classified sample, at most reward_clip', minimum=0)
+    actor_weight: float = option(0.1, 'weight of L_q; the paper has 1', minimum=0)
+    probe: str = option('split', 'how rewards are measured', choices=('exact', 'split', 'taylor'))
+    probe_every: int = option(1, 'rewards are measured every N steps', minimum=1)
+    taylor_target: str | None = option(None, "'loss' lets taylor measure by each sample's own loss", choices=('loss',))
+    rotate: str | int = option('epoch', "when another site is drawn: 'epoch', 'step' or every N steps", minimum=1)
+    reward_clip: float | None = option(1.0, 'bound of the rewards; null is the literal equation')
+    probe_dtype: str | None = option(
+        None, "'float32' measures rewards in float32 under autocast", choices=('float32',))
+    seed: int | None = option(None, "seed of critic and draw; null is the run's seed", minimum=0)
+    critic_cell: str = option('lstm', 'recurrent cell of a critic', choices=('lstm', 'gru'))
+    critic_hidden_size: int = option(1, 'hidden units of a critic', minimum=1)
+    critic_depth: int = option(1, 'cells of a critic on top of each other', minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.probe_dtype is torch.float32:
+            object.__setattr__(self, 'probe_dtype', 'float32')
+        check_options(self)
+        if not self.actor_weight < math.inf:
+            raise ValueError(f'actor_weight: must be finite, got {self.actor_weight}.')
+        if not 0 < self.gamma <= (math.inf if self.reward_clip is None else self.reward_clip):
+            raise ValueError(
+                f'gamma must lie in (0, reward_clip], got gamma={self.gamma} and reward_clip={self.reward_clip}.')
+        if self.probe == 'taylor' and self.probe_dtype is not None:
+            raise ValueError("probe_dtype is for counterfactual passes; probe='taylor' makes none.")
+        if self.probe != 'taylor' and self.taylor_target is not None:
+            raise ValueError(f"taylor_target is for probe='taylor', not for probe='{self.probe}'.")

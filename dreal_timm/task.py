@@ -16,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dreal_timm.attention.readers import without_sites
 from dreal_timm.attention.sites import Group, Site, attention_parameters, find_sites, group_sites
-from dreal_timm.config import check_options
+from dreal_timm.config import DrealConfig
 from dreal_timm.critic import Critic
 from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
 from dreal_timm.probes.base import Measure, PassMeasure
 from dreal_timm.probes.counterfactual import PROBES
 from dreal_timm.probes.entry_points import trace_flow
 from dreal_timm.probes.taylor import TaylorMeasure
+from dreal_timm.replay.batch_norms import check_probeable
 from dreal_timm.reward import RewardRule, reward
 from dreal_timm.rotation import Rotation
 from dreal_timm.share import ActorShare
@@ -32,6 +33,19 @@ from dreal_timm.utils.transfer import to_device
 __all__ = ['DrealTask']
 
 _logger = logging.getLogger(__name__)
+
+_STUDY: dict[str, Any] = dict(
+    reward_form='ratio', reward_standardized=False, wrong_samples='penalty', critic_standardized=False,
+    taylor_sites='all', actor='critic', actor_start=0, actor_share=None)
+
+
+def check_model(model: nn.Module, config: DrealConfig) -> None:
+    """Raise a ValueError if the network cannot be trained so."""
+    if config.probe_dtype is not None and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        raise ValueError("probe_dtype='float32' needs a network with float32 weights, under autocast.")
+    if isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'):
+        raise ValueError('Pass the plain network; compile() and prepare_distributed() are methods of the task.')
+    check_probeable(model)
 
 
 class DrealTask(ClassificationTask):
@@ -114,60 +128,48 @@ class DrealTask(ClassificationTask):
             dtype: torch.dtype | None = None,
             verbose: bool = True,
             *,
-            gamma: float = 1.0,
-            actor_weight: float = 0.1,
-            probe: str = 'split',
-            probe_every: int = 1,
-            taylor_target: str | None = None,
-            rotate: str | int = 'epoch',
-            reward_clip: float | None = 1.0,
-            probe_dtype: str | torch.dtype | None = None,
+            config: DrealConfig | None = None,
             input_size: Sequence[int] | None = None,
-            seed: int = 0,
-            critic_cell: str = 'lstm',
-            critic_hidden_size: int = 1,
-            critic_depth: int = 1,
-            reward_form: str = 'ratio',
-            reward_standardized: bool = False,
-            wrong_samples: str = 'penalty',
-            critic_standardized: bool = False,
-            taylor_sites: str = 'all',
-            actor: str = 'critic',
-            actor_start: int = 0,
-            actor_share: float | None = None,
+            **options: Any,
     ):
+        study = {name: options.pop(name, default) for name, default in _STUDY.items()}
+        if config is not None and options:
+            raise TypeError(f"Pass config or options, not both: {', '.join(options)}.")
+        self.config = config = DrealConfig(**options) if config is None else config
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        check_options(
-            model, actor_weight, probe, probe_dtype, taylor_target, taylor_sites, actor, actor_start,
-            reward_standardized)
-        self.rule = RewardRule(gamma, reward_clip, reward_form, wrong_samples, reward_standardized)
-        self.actor, self.actor_start = actor, actor_start
-        self.share = None if actor_share is None else ActorShare(actor_share)
+        check_model(model, config)
+        self.rule = RewardRule(
+            config.gamma, config.reward_clip, study['reward_form'], study['wrong_samples'],
+            study['reward_standardized'])
+        self.actor, self.actor_start = study['actor'], study['actor_start']
+        self.share = None if study['actor_share'] is None else ActorShare(study['actor_share'])
         sites = find_sites(model, input_size)
         groups = group_sites(sites)
         if not groups:
             raise ValueError(without_sites(model))
-        self.actor_weight = actor_weight
         if input_size is None:
             input_size = get_model_input_config(model)['input_size']
         rule: dict[str, Any] = dict(rule=self.rule, ignored=getattr(self.criterion, 'ignore_index', None))
         self.measure: Measure
-        if probe == 'taylor':
+        seed = config.seed or 0
+        if config.probe == 'taylor':
             self.measure = TaylorMeasure(
-                groups, self.criterion, taylor_target, taylor_sites, actor == 'direct', **rule)
+                groups, self.criterion, config.taylor_target, study['taylor_sites'], self.actor == 'direct', **rule)
         else:
-            dtype = None if probe_dtype is None else torch.float32
-            self.measure = PassMeasure(PROBES[probe](groups, trace_flow(model, sites, input_size), dtype, seed), **rule)
+            dtype = None if config.probe_dtype is None else torch.float32
+            flow = trace_flow(model, sites, input_size)
+            self.measure = PassMeasure(PROBES[config.probe](groups, flow, dtype, seed), **rule)
         critic = Critic(
             {group.name: group.judged_size for group in groups},
             seed=seed,
-            cell=critic_cell,
-            hidden_size=critic_hidden_size,
-            depth=critic_depth,
-            standardized=critic_standardized,
+            cell=config.critic_cell,
+            hidden_size=config.critic_hidden_size,
+            depth=config.critic_depth,
+            standardized=study['critic_standardized'],
             device=next(model.parameters()).device,
         )
-        rotation = Rotation([(group.stage, len(group.sites)) for group in groups], seed, rotate, probe_every)
+        lengths = [(group.stage, len(group.sites)) for group in groups]
+        rotation = Rotation(lengths, seed, config.rotate, config.probe_every)
         self.trainable_module: nn.Module = DrealTrainableModule(model, critic, groups, rotation)
         # column of each site in what the critics return, and index of its group
         self._columns = {
@@ -176,10 +178,11 @@ class DrealTask(ClassificationTask):
         }
         self._check_trainable()
         if verbose:
-            measured = f'{probe}, by the loss' if taylor_target == 'loss' else probe
+            measured = f'{config.probe}, by the loss' if config.taylor_target == 'loss' else config.probe
             _logger.info(
                 f'DrealTask: {len(sites)} attention sites in {len(groups)} groups, '
-                f'{sum(p.numel() for p in critic.parameters())} critic parameters, probe={measured}, rotate={rotate}'
+                f'{sum(p.numel() for p in critic.parameters())} critic parameters, probe={measured}, '
+                f'rotate={config.rotate}'
             )
 
     @property
@@ -248,8 +251,8 @@ class DrealTask(ClassificationTask):
                 if self.share is not None:
                     loss = loss + self.share.weigh(l_q, self._actor_parameters())
                     self.share.watch(loss)
-                elif self.actor_weight:
-                    loss = loss + self.actor_weight * l_q
+                elif self.config.actor_weight:
+                    loss = loss + self.config.actor_weight * l_q
         self.measure.watch(loss)
         trainable.rotation.advance()
         return {

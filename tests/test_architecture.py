@@ -20,7 +20,7 @@ ALLOWED = {
     'attention': {'layers', 'replay'},
     'trainable': {'attention', 'critic', 'replay', 'rotation'},
     'probes': {'attention', 'replay', 'reward', 'trainable', 'utils'},
-    'config': {'probes', 'replay'},
+    'config': {'options'},
     'task': METHOD | {'config', 'utils'},
     'data': {'errors'},
     'hub': METHOD | NETWORKS | BASE,

@@ -8,7 +8,8 @@ import yaml
 
 import dreal_timm
 from dreal_timm.errors import nearest
-from dreal_timm.options import Key, convert
+from dreal_timm.options import Option as Key
+from dreal_timm.options import convert
 from dreal_timm.train.settings import DREAL_KEYS, KEYS, NOT_SUPPORTED
 
 __all__ = ['find_recipe', 'list_recipes', 'load_config', 'read_recipe', 'to_dict']

@@ -4,9 +4,8 @@ A key is one row. What a row's value is passed to stands in `build.py`, `dataset
 """
 from typing import Any
 
-from dreal_timm.config import ACTORS
 from dreal_timm.critic import CELLS
-from dreal_timm.options import Key
+from dreal_timm.options import Option as Key
 from dreal_timm.probes.taylor import TAYLOR_SITES
 from dreal_timm.reward import FORMS, WRONG
 
@@ -190,7 +189,7 @@ DREAL_KEYS = [
     Key('reward_standardized', 'bool', False, 'standardize the rewards of right samples within each group'),
     Key('wrong_samples', 'str', 'penalty', "'penalty' of gamma, 'exclude', or 'measure' as right ones", choices=WRONG),
     Key('taylor_sites', 'str', 'all', "taylor: 'all', or the 'drawn' site of each group", choices=TAYLOR_SITES),
-    Key('actor', 'str', 'critic', "'direct' raises the rewards of taylor themselves", choices=ACTORS),
+    Key('actor', 'str', 'critic', "'direct' raises the rewards of taylor themselves", choices=('critic', 'direct')),
     Key('actor_start', 'int', 0, 'epochs in which the critic learns alone', minimum=0),
     Key('actor_share', 'float', None, "length of L_q's gradient beside L_c's, in place of actor_weight"),
     Key('num_instances', 'int', 8, 'reid: images of an identity in a batch (K of P x K)', minimum=1),
