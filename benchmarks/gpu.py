@@ -3,8 +3,9 @@
     python benchmarks/gpu.py                             # on a GPU
     python benchmarks/gpu.py --small --device cpu        # does the command itself work?
 
-Parts run one after the other, most important first, each in a process of its own with a share of the time, so that one
-that crashes, hangs or runs out of memory is reported and the next one starts. Each writes what it finds to NAME.json
+Parts run most important first, each in a process of its own with a share of the time, so that one that crashes, hangs
+or runs out of memory is reported and the next one starts. Those that measure no time run side by side where there are
+enough cores: they wait for Python more than for the GPU. Each writes what it finds to NAME.json
 row by row: a call that is stopped leaves what was done. The table at the end names what was wrong and what was left
 out; what takes too long is left out, and a cost is never wrong. `gpu_report.py` makes a section of docs/performance.md
 of the JSON. `gpu_wheels.py` makes a folder of wheels for a machine that lacks packages.
@@ -95,31 +96,71 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run_part(part: Part, path: Path, ends: float, args: argparse.Namespace, site: str) -> dict[str, Any]:
-    """Run a part until `ends` (time.monotonic) at most; return the content of its JSON."""
-    command = [
-        sys.executable, '-m', 'gpu_parts', part.name, '--device', args.device, '--output', str(path),
-        '--ends', f'{ends:.1f}', *(['--small'] if args.small else [])]
-    started, content = time.monotonic(), json.loads(path.read_text(encoding='utf-8'))
-    with tempfile.TemporaryFile('w+', errors='replace') as errors:
-        process = subprocess.Popen(command, env=environment(site), stderr=errors, start_new_session=True, cwd=site)
-        try:
-            code: int | None = process.wait(timeout=max(ends - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            stop(process)
-        errors.seek(0)
-        said = errors.read()
-    with contextlib.suppress(OSError, ValueError):  # a full disk, or another's hand
-        content = json.loads(path.read_text(encoding='utf-8'))
-    late = code is None or (code != 0 and 'Timeout (' in said)
-    content['status'] = 'ended' if code == 0 else 'left out: did not end in time' if late else f'crashed ({code})'
-    content['seconds'] = round(time.monotonic() - started, 1)
-    if code != 0:
-        content['errors'] = said[-3000:]
-        print(said[-3000:], file=sys.stderr)
-    return content
+class Running:
+    """A part in a process of its own, which writes its rows to a file."""
+
+    def __init__(self, part: Part, path: Path, ends: float, args: argparse.Namespace, site: str):
+        self.part, self.path, self.ends = part, path, ends
+        command = [
+            sys.executable, '-m', 'gpu_parts', part.name, '--device', args.device, '--output', str(path),
+            '--ends', f'{ends:.1f}', *(['--small'] if args.small else [])]
+        self.started, self.before = time.monotonic(), json.loads(path.read_text(encoding='utf-8'))
+        self.errors = tempfile.TemporaryFile('w+', errors='replace')  # noqa: SIM115 (closed when the part has ended)
+        self.process = subprocess.Popen(
+            command, env=environment(site), stderr=self.errors, start_new_session=True, cwd=site)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, or should have."""
+        return self.process.poll() is not None or time.monotonic() >= self.ends
+
+    def content(self) -> dict[str, Any]:
+        """Return the content of its JSON as it is now."""
+        with contextlib.suppress(OSError, ValueError):  # a full disk, or another's hand
+            return json.loads(self.path.read_text(encoding='utf-8'))
+        return self.before
+
+    def stop(self) -> dict[str, Any]:
+        """End it; return the content of its JSON, with the seconds that it took."""
+        stop(self.process)
+        return {**self.content(), 'seconds': round(time.monotonic() - self.started, 1)}
+
+    def finish(self) -> dict[str, Any]:
+        """End it where it has not; return the content of its JSON, with how it ended."""
+        code = self.process.poll()
+        content = self.stop()
+        with self.errors:
+            self.errors.seek(0)
+            said = self.errors.read()
+        late = code is None or (code != 0 and 'Timeout (' in said)
+        content['status'] = 'ended' if code == 0 else 'left out: did not end in time' if late else f'crashed ({code})'
+        if code != 0:
+            content['errors'] = said[-3000:]
+            print(said[-3000:], file=sys.stderr)
+        return content
+
+
+def run_together(
+        parts: Sequence[Part],
+        ends: float,
+        args: argparse.Namespace,
+        site: str,
+) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Run parts side by side until `ends` (time.monotonic) at most.
+
+    Returns:
+        The content of the JSON of each, and whether a KeyboardInterrupt ended them.
+    """
+    print(f"{', '.join(part.name for part in parts)} ({ends - time.monotonic():.0f} s)", flush=True)
+    running = [Running(part, args.output / f'{part.name}.json', ends, args, site) for part in parts]
+    done: dict[str, dict[str, Any]] = {}
+    try:
+        while len(done) < len(running):
+            time.sleep(0.05)
+            done.update({each.part.name: each.finish() for each in running if each.part.name not in done and each.over})
+    except KeyboardInterrupt:
+        return {each.part.name: each.stop() for each in running} | done, True
+    return done, False
 
 
 def judge(part: Part, content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -163,6 +204,18 @@ def show(contents: Mapping[str, Mapping[str, Any]], verdicts: Mapping[str, tuple
             print(f'  {text}')
 
 
+def stages(parts: Sequence[Part]) -> list[list[Part]]:
+    """Return the parts that run side by side: those that measure no time, where each has two cores."""
+    beside = [part for part in parts if not part.alone]
+    together = [beside] if 2 * len(beside) <= (os.cpu_count() or 1) else [[part] for part in beside]
+    return [stage for stage in together if stage] + [[part] for part in parts if part.alone]
+
+
+def weight(stage: Sequence[Part]) -> int:
+    """Return the seconds that a stage takes, by estimate."""
+    return max(part.weight for part in stage)
+
+
 def run_all(parts: list[Part], args: argparse.Namespace, machine: Mapping[str, Any], site: str, ends: float) -> int:
     """Run the parts one after the other; return the exit code."""
     header = {
@@ -171,29 +224,27 @@ def run_all(parts: list[Part], args: argparse.Namespace, machine: Mapping[str, A
         'date': time.strftime('%Y-%m-%d'), 'status': _STOPPED,
     }
     contents: dict[str, dict[str, Any]] = {}
-    verdicts: dict[str, tuple[list[str], list[str]]] = {}
-    started, stopped = time.monotonic(), False
-    for index, part in enumerate(parts):
-        path = args.output / f'{part.name}.json'
-        content: dict[str, Any] = {**header, 'rows': []}
-        write_json(path, content)
-        now = time.monotonic()
-        # what a part does not use is shared by those after it
-        seconds = (ends - now) * part.weight / sum(each.weight for each in parts[index:])
-        lacking = [name for name in part.needs if name in machine['missing']]
-        if stopped or lacking or seconds < _SHORTEST:
-            why = 'stopped' if stopped else f"needs {', '.join(lacking)}" if lacking else 'no time was left'
-            content['status'] = f'left out: {why}'
-        else:
-            print(f'{part.name} ({seconds:.0f} s)', flush=True)
-            try:
-                content = run_part(part, path, now + seconds, args, site)
-            except KeyboardInterrupt:
-                stopped = True
-                content = json.loads(path.read_text(encoding='utf-8'))
-                content['seconds'] = round(time.monotonic() - now, 1)
-        write_json(path, content)
-        contents[part.name], verdicts[part.name] = content, judge(part, content)
+    started, stopped, todo = time.monotonic(), False, stages(parts)
+    while todo:
+        stage, now = todo[0], time.monotonic()
+        # what a stage does not use is shared by those after it
+        seconds = (ends - now) * weight(stage) / sum(map(weight, todo))
+        ready = []
+        for part in todo.pop(0):
+            lacking = [name for name in part.needs if name in machine['missing']]
+            contents[part.name] = {**header, 'rows': []}
+            if stopped or lacking or seconds < _SHORTEST:
+                why = 'stopped' if stopped else f"needs {', '.join(lacking)}" if lacking else 'no time was left'
+                contents[part.name]['status'] = f'left out: {why}'
+            else:
+                ready.append(part)
+            write_json(args.output / f'{part.name}.json', contents[part.name])
+        if ready:
+            done, stopped = run_together(ready, now + seconds, args, site)
+            for name, content in done.items():
+                write_json(args.output / f'{name}.json', content)
+            contents.update(done)
+    verdicts = {part.name: judge(part, contents[part.name]) for part in parts}
     show(contents, verdicts)
     print(f'{time.monotonic() - started:.0f} seconds, JSON in {args.output}', flush=True)
     if any(wrong for wrong, _ in verdicts.values()):
@@ -208,7 +259,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument(
         '--output', type=Path,
         help='folder of the JSON (benchmarks/results/gpu of this clone, output/gpu with --small)')
-    parser.add_argument('--minutes', type=float, default=8, help='time limit of the whole call (8)')
+    parser.add_argument('--minutes', type=float, default=12, help='time limit of the whole call (12)')
     parser.add_argument('--small', action='store_true', help='small networks, to try the command: numbers mean nothing')
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda', help='cpu goes with --small')
     parser.add_argument('--wheels', type=Path, help='folder with wheels of what this Python lacks')

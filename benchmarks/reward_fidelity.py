@@ -22,6 +22,7 @@ from timm.task import ClassificationTask
 
 from dreal_timm import DrealTask, find_sites
 from dreal_timm.attention.capture import record, tap
+from dreal_timm.attention.sites import Group
 from dreal_timm.replay.batch_norms import record_norms, replay_norms
 
 FIXED = 'first order, fixed statistics'
@@ -87,7 +88,9 @@ def fixed_statistics(
     with record_norms(model) as norms, record(model, sites) as readings:
         model(images)
     taps = [torch.zeros_like(readings[name].attention, requires_grad=True) for name in names]
-    with replay_norms(model, norms), tap(model, sites, taps):
+    alone = [Group(site.name, site.stage, site.kind, site.size, (site,)) for site in sites]
+    of_groups = {site.name: one[:, None] for site, one in zip(sites, taps, strict=True)}
+    with replay_norms(model, norms), tap(model, alone, of_groups):
         log_p = model(images).log_softmax(1).gather(1, labels[:, None]).sum()
     columns = []
     for name, gradient in zip(names, torch.autograd.grad(log_p, taps), strict=True):

@@ -210,7 +210,8 @@ def _first_order(
     images, labels = data
     sites = [site for group in group_sites(find_sites(model, fashion.SIZE)) for site in group.sites]
     taps = [torch.zeros_like(maps[site.name], requires_grad=True) for site in sites]
-    with tap(model, sites, taps):
+    alone = [Group(site.name, site.stage, site.kind, site.size, (site,)) for site in sites]
+    with tap(model, alone, {site.name: one[:, None] for site, one in zip(sites, taps, strict=True)}):
         logits = model(images)
     counted = logits.argmax(1) == labels if whose == 'right' else torch.ones_like(labels)
     total = (logits.log_softmax(1).gather(1, labels[:, None])[:, 0] * counted).sum()

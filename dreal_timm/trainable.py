@@ -32,7 +32,7 @@ def stack_maps(groups: Sequence[Group], maps: Mapping[str, torch.Tensor]) -> dic
     for group in groups:
         names = [site.name for site in group.sites]
         shape = (-1, 1, *map_size(group.kind, maps[names[0]].shape))
-        stacked[group.name] = torch.cat([maps[name].reshape(shape).float() for name in names], dim=1)
+        stacked[group.name] = torch.cat([maps[name].reshape(shape) for name in names], dim=1).float()
     return stacked
 
 
@@ -53,7 +53,7 @@ def stack_readings(
         size = stacked[group.name].shape[2:]
         judged = (-1, 1, *(size if group.kind == 'spatial' else size[:1]))
         states[group.name] = torch.cat(
-            [readings[site.name].state.reshape(judged).float() for site in group.sites], dim=1)
+            [readings[site.name].state.reshape(judged) for site in group.sites], dim=1).float()
     return states, stacked
 
 
@@ -150,8 +150,7 @@ class DrealTrainableModule(nn.Module):
             norms = stack.enter_context(record_norms(self.model)) if probed else {}
             inputs = stack.enter_context(keep_inputs(self.model, kept))
             if taps is not None:
-                unbound = [one for group in self.groups for one in taps[group.name].unbind(1)]
-                stack.enter_context(tap(self.model, sites, unbound))
+                stack.enter_context(tap(self.model, self.groups, taps))
             output = self.model(input)
         states, maps = self._read(readings)
         fixed = {name: attention.detach() for name, attention in maps.items()}

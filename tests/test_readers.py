@@ -28,7 +28,7 @@ from torch import nn
 from dreal_timm import DrealTask
 from dreal_timm.attention.capture import bypass, read_map, record, tap
 from dreal_timm.attention.readers import KINDS, READERS, WITHOUT_MAP, MapReader, readers_of, register_attention, unread
-from dreal_timm.attention.sites import attention_parameters, find_sites, group_sites, site_reader
+from dreal_timm.attention.sites import Group, attention_parameters, find_sites, group_sites, site_reader
 from dreal_timm.layers import BamModule, SrmModule
 
 C = 16
@@ -408,7 +408,8 @@ def test_gradient_of_a_tap_by_hand(case):
     plain = model(x)
     weights = torch.randn_like(plain)
     taps = [torch.zeros(len(x), *site.size, dtype=x.dtype, requires_grad=True) for site in sites]
-    with tap(model, sites, taps):
+    groups = [Group(site.name, site.stage, site.kind, site.size, (site,)) for site in sites]
+    with tap(model, groups, {site.name: one[:, None] for site, one in zip(sites, taps, strict=True)}):
         output = model(x)
     assert torch.equal(output, plain)
     (output * weights).sum().backward()

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,11 +45,13 @@ def main() -> None:
         torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '2')))
     record = Record(args.output, args.ends - min(8.0, left / 5))
     family, _, name = args.part.partition('.')
-    module = importlib.import_module(f'gpu_parts.{family if family == "cost" else name or family}')
+    options: dict[str, Any] = {}
+    file = name or family
     if family == 'cost':
-        module.main(record, device, args.small, compiled=name == 'compiled')
-    else:
-        module.main(record, device, args.small)
+        file, options = 'cost', {'compiled': name == 'compiled'}
+    elif name in ('bfloat16', 'float16'):
+        file, options = 'low_precision', {'dtype': getattr(torch, name)}
+    importlib.import_module(f'gpu_parts.{file}').main(record, device, args.small, **options)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # pools of compilers and of CUDA have nothing left to say

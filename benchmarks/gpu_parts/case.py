@@ -52,18 +52,14 @@ class Case:
         self.input = make_batch(8 if small else 16, self.size[1])[0].to(device)
         self.target = correct_targets(self.model, self.input, seed=SEED)
         self._rewards: dict[tuple[str, ...], torch.Tensor] = {}
-        self._tasks: dict[tuple[Any, ...], DrealTask] = {}
 
     def task(self, probe: str, double: bool = False, **options: Any) -> DrealTask:
-        """Return a task in training mode with a copy of the network (a copy of an earlier task, which is faster)."""
-        key = (probe, double, *options.items())
-        if key not in self._tasks:
-            model = copy.deepcopy(self.model).double() if double else copy.deepcopy(self.model)
-            task = self._tasks[key] = DrealTask(
-                model, device=self.device, verbose=False, probe=probe, actor_weight=1.0, input_size=self.size,
-                **options)
-            task.get_trainable_module().train()
-        return copy.deepcopy(self._tasks[key])
+        """Return a task in training mode with a copy of the network."""
+        model = copy.deepcopy(self.model).double() if double else copy.deepcopy(self.model)
+        task = DrealTask(
+            model, device=self.device, verbose=False, probe=probe, actor_weight=1.0, input_size=self.size, **options)
+        task.get_trainable_module().train()
+        return task
 
     def step(self, task: Any, double: bool = False) -> dict[str, Any]:
         """Run a task's step without its backward pass, with the case's masks."""

@@ -1,4 +1,4 @@
-"""right.low_precision: the same under autocast, in bfloat16 and in float16 with its loss scaler
+"""right.bfloat16, right.float16: the same under autocast, in float16 with its loss scaler
 
 Limits are those of the precision: a pass in bfloat16 moves a log-probability by some thousandths, where a reward's
 standard deviation is some hundredths; one in float16 by an eighth of that.
@@ -16,7 +16,6 @@ from gpu_parts.table import ATTENTION
 
 __all__ = ['main']
 
-DTYPES = (torch.bfloat16, torch.float16)
 REWARD = {torch.bfloat16: 0.5, torch.float16: 0.1}  # rms error, in standard deviations of the rewards
 FLOAT32 = 0.25  # the same, where rewards are measured in float32 with the statistics of the judged pass
 # rms of what a pass that changes nothing does to a log-probability (nats), and the largest error of a quality
@@ -29,7 +28,7 @@ class Autocast:
 
     def __init__(self, attention: str, device: torch.device, small: bool, dtype: torch.dtype):
         self.dtype = dtype
-        self.name = f"{attention}.{str(dtype).removeprefix('torch.')}"
+        self.name = attention
         self.case = Case(attention, device, small)
 
     def step(self, task: object, scaler: torch.amp.GradScaler | None = None) -> dict:
@@ -136,17 +135,15 @@ def check_scaler(record: Record, cast: Autocast) -> None:
             f'{cast.name}.scaler.{what}', value=value, limit=limit, ok=ok, finite=finite, scale=scaler.get_scale())
 
 
-def main(record: Record, device: torch.device, small: bool) -> None:
-    for dtype in DTYPES:
-        for attention in ATTENTION[:1] if small else ATTENTION:
-            cast = Autocast(attention, device, small, dtype)
-            for probe in ('exact', 'split', 'float32'):
-                record.run(f'{cast.name}.reward.{probe}', partial(check_reward, record, cast, probe))
-            for what, check in (
-                ('reward.taylor', check_taylor), ('gradient.backbone', check_gradient), ('critic', check_critic),
-                ('null', check_null),
-            ):
-                record.run(f'{cast.name}.{what}', partial(check, record, cast))
-            if dtype == torch.float16:
-                record.run([f'{cast.name}.scaler.{what}' for what in ('step', 'skip')],
-                           partial(check_scaler, record, cast))
+def main(record: Record, device: torch.device, small: bool, dtype: torch.dtype) -> None:
+    for attention in ATTENTION[:1] if small else ATTENTION:
+        cast = Autocast(attention, device, small, dtype)
+        if dtype == torch.float16:
+            record.run([f'{attention}.scaler.{what}' for what in ('step', 'skip')], partial(check_scaler, record, cast))
+        for probe in ('exact', 'split', 'float32'):
+            record.run(f'{attention}.reward.{probe}', partial(check_reward, record, cast, probe))
+        for what, check in (
+            ('reward.taylor', check_taylor), ('gradient.backbone', check_gradient), ('critic', check_critic),
+            ('null', check_null),
+        ):
+            record.run(f'{attention}.{what}', partial(check, record, cast))

@@ -50,7 +50,7 @@ class Record:
         write_json(self.path, content | {'rows': self.rows})
         words = [f'{key} {value:.4g}' if isinstance(value, float) else f'{key} {value}' for key, value in row.items()
                  if value is not None and key != 'traceback']
-        print(f"  {name:34} {'  '.join(words)}", flush=True)
+        print(f"  {self.path.stem} {name:30} {'  '.join(words)}", flush=True)
 
     def near(self, name: str, value: float, limit: float, **facts: Any) -> None:
         """Add a check that holds if a value is at most `limit`; NaN is more."""

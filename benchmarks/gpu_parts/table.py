@@ -25,14 +25,16 @@ class Part:
 
     Attributes:
         name: Name, FAMILY or FAMILY.NAME.
-        weight: Seconds that it takes on an H100, by estimate: its share of the time among the parts still to come.
+        weight: Seconds that it takes on an H200: its share of the time among the parts still to come.
         rows: Names of what it must report, on a type of device and in small mode.
         needs: Packages that it needs beside those that all need.
+        alone: Whether it measures time, so that nothing else may run beside it.
     """
     name: str
     weight: int
     rows: Callable[[str, bool], list[str]]
     needs: tuple[str, ...] = ()
+    alone: bool = True
 
 
 def _float32(device: str, small: bool) -> list[str]:
@@ -42,12 +44,14 @@ def _float32(device: str, small: bool) -> list[str]:
     return [f'{attention}.{check}' for attention in ATTENTION for check in checks]
 
 
-def _low_precision(device: str, small: bool) -> list[str]:
+def _bfloat16(device: str, small: bool) -> list[str]:
     checks = ('reward.exact', 'reward.split', 'reward.taylor', 'reward.float32', 'gradient.backbone', 'critic', 'null')
+    return [f'{attention}.{check}' for attention in (ATTENTION[:1] if small else ATTENTION) for check in checks]
+
+
+def _float16(device: str, small: bool) -> list[str]:
     some = ATTENTION[:1] if small else ATTENTION
-    rows = [f'{attention}.bfloat16.{check}' for attention in some for check in checks]
-    return rows + [
-        f'{attention}.float16.{check}' for attention in some for check in (*checks, 'scaler.step', 'scaler.skip')]
+    return _bfloat16(device, small) + [f'{attention}.scaler.{what}' for attention in some for what in ('step', 'skip')]
 
 
 def compiled_pairs(small: bool) -> list[tuple[str, str]]:
@@ -95,15 +99,16 @@ def _rest(device: str, small: bool) -> list[str]:
 
 
 PARTS = (
-    Part('right.float32', 45, _float32),
-    Part('right.low_precision', 50, _low_precision),
-    Part('right.compiled', 60, _compiled),
-    Part('right.distributed', 55, _distributed),
-    Part('cost.eager', 130, _eager),
+    Part('right.float32', 60, _float32, alone=False),
+    Part('right.bfloat16', 60, _bfloat16, alone=False),
+    Part('right.float16', 70, _float16, alone=False),
+    Part('right.compiled', 100, _compiled, alone=False),
+    Part('right.distributed', 60, _distributed, alone=False),
     Part('loop', 60, _loop),
-    Part('runs', 75, _runs, _DIGITS),
-    Part('rest', 35, _rest),
-    Part('cost.compiled', 100, _compiled_cost),
+    Part('cost.eager', 140, _eager),
+    Part('runs', 55, _runs, _DIGITS),
+    Part('rest', 25, _rest),
+    Part('cost.compiled', 250, _compiled_cost),
 )
 
 

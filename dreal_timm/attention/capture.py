@@ -2,7 +2,7 @@
 
 Context managers that put hooks on a network and take them away again, whatever happens.
 """
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 
 from dreal_timm.attention.gates import on_map, second_map
 from dreal_timm.attention.readers import MapReader
-from dreal_timm.attention.sites import Site, site_reader
+from dreal_timm.attention.sites import Group, Site, site_reader
 from dreal_timm.replay.overrides import scratch_buffers
 
 __all__ = ['Reading', 'bypass', 'keep_inputs', 'map_again', 'nudge', 'read_map', 'record', 'replace', 'tap']
@@ -100,8 +100,19 @@ def read_map(model: nn.Module, site: Site, reading: Reading) -> torch.Tensor:
     The values are those of the recorded forward pass, the graph reaches the attention parameters and nothing upstream
     of them. Buffers (of a batch norm in the gate) are left as they are.
     """
-    evaluated = map_again(model, site, reading.descriptors)
-    return reading.attention + (evaluated - evaluated.detach())
+    return _Graph.apply(reading.attention, map_again(model, site, reading.descriptors))
+
+
+class _Graph(torch.autograd.Function):
+    """The value of one tensor with the graph of another: `value + (graph - graph.detach())`, without arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, graph: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, gradients[0]
 
 
 @contextmanager
@@ -165,21 +176,31 @@ def nudge(model: nn.Module, site: Site) -> Iterator[None]:
 
 
 @contextmanager
-def tap(model: nn.Module, sites: Sequence[Site], taps: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Add to the map of each site a tensor of as many numbers, in the map's dtype, in the passes inside the context.
+def tap(model: nn.Module, groups: Sequence[Group], taps: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Add a tensor to the map of each site, in the map's dtype, in the passes inside the context.
 
     Where it is zero nothing changes, but its gradient is the map's: a hook on a map that a compiled module returned
     would see nothing.
-    """
 
-    def adding(added: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    Args:
+        model: The model.
+        groups: Groups of attention sites.
+        taps: Tensor of each group, (B, L, *size).
+    """
+    cast: dict[tuple[str, torch.dtype], tuple[torch.Tensor, ...]] = {}  # once a group: a GPU waits for each launch
+
+    def adding(name: str, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def change(attention: torch.Tensor) -> torch.Tensor:
-            return attention + added.view_as(attention).to(attention.dtype)
+            key = name, attention.dtype
+            if key not in cast:
+                cast[key] = taps[name].to(attention.dtype).unbind(1)
+            return attention + cast[key][index].view_as(attention)
         return change
 
     with ExitStack() as stack:
-        for site, added in zip(sites, taps, strict=True):
-            stack.enter_context(on_map(*site_reader(model, site), adding(added)))
+        for group in groups:
+            for index, site in enumerate(group.sites):
+                stack.enter_context(on_map(*site_reader(model, site), adding(group.name, index)))
         yield
 
 

@@ -31,8 +31,8 @@ def check_probeable(model: nn.Module) -> None:
             )
 
 
-def _kept_stats(module: Any, output: torch.Tensor) -> Stats | None:
-    """Statistics that autograd keeps for the backward pass, or None where it keeps none that cost nothing to read."""
+def _saved_stats(output: torch.Tensor) -> Stats | None:
+    """Mean and inverse standard deviation, saved for the backward pass; None where they are not, or not for free."""
     if torch.compiler.is_compiling():
         return None
     # reading what checkpointing keeps would run the forward pass again; older versions cannot tell
@@ -44,8 +44,7 @@ def _kept_stats(module: Any, output: torch.Tensor) -> Stats | None:
         if node is None:
             return None
         if node.name() in _NODES:
-            mean, inverse = node._saved_result1, node._saved_result2
-            return mean, (inverse.double().pow(-2) - module.eps).clamp(min=0).to(inverse.dtype)
+            return node._saved_result1, node._saved_result2
         node = node.next_functions[0][0] if node.next_functions else None
     return None
 
@@ -79,14 +78,19 @@ def record_norms(model: nn.Module) -> Iterator[dict[str, list[Stats]]]:
         Mean and biased variance, in the dtype of the norm's weights, one pair a call, by the name of the norm.
     """
     stats: dict[str, list[Stats]] = {}
+    saved: dict[float, list[tuple[list[Stats], int, torch.Tensor, torch.dtype]]] = {}  # by eps
 
     def on_output(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def hook(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             with torch.no_grad():
-                mean, variance = _kept_stats(module, output) or _batch_stats(module, args[0])
+                calls = stats.setdefault(name, [])
+                own = _saved_stats(output)
+                mean, spread = _batch_stats(module, args[0]) if own is None else own
                 weight = getattr(module, 'weight', None)
                 dtype = mean.dtype if weight is None else weight.dtype
-                stats.setdefault(name, []).append((mean.to(dtype), variance.to(dtype)))
+                if own is not None:  # the variance follows with those of all other norms
+                    saved.setdefault(module.eps, []).append((calls, len(calls), spread, dtype))
+                calls.append((mean.to(dtype), spread.to(dtype)))
         return hook
 
     with ExitStack() as stack:
@@ -94,6 +98,18 @@ def record_norms(model: nn.Module) -> Iterator[dict[str, list[Stats]]]:
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
                 stack.callback(module.register_forward_hook(on_output(name)).remove)
         yield stats
+    for eps, norms in saved.items():
+        _fill_variances(norms, eps)
+
+
+@torch.no_grad()
+def _fill_variances(norms: Sequence[tuple[list[Stats], int, torch.Tensor, torch.dtype]], eps: float) -> None:
+    """Replace inverse standard deviations by variances, of all norms at once: each launch costs a GPU time."""
+    inverse = torch.cat([each for _, _, each, _ in norms])
+    variance = (inverse.double().pow(-2) - eps).clamp(min=0).to(inverse.dtype)
+    variances = variance.split([len(each) for _, _, each, _ in norms])
+    for (calls, index, _, dtype), own in zip(norms, variances, strict=True):
+        calls[index] = calls[index][0], own.to(dtype)
 
 
 @contextmanager
