@@ -8,7 +8,7 @@ Both stand between two comments. Without JSON they say that nothing was run.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,9 @@ def _costs(rows: Rows, suffix: str) -> Iterator[str]:
         cells = [_ratio(row, floor=probe != 'taylor') for probe, row in found.items()]
         name = f"{NAMES[attention]}-ResNet-50{suffix}, {plain['batch']} images"
         yield f"| {name} | {share} | {plain['images_s']:,.0f} | {' | '.join(cells)} |"
+        if 'kernel_ratio' in plain:
+            kernels = [f"{row['kernel_ratio']:.2f}, {row['launches']:.0f}" if row else '' for row in found.values()]
+            yield f"| {NAMES[attention]}, kernels alone, launches | | {plain['launches']:.0f} | {' | '.join(kernels)} |"
         if share == '100%' and 'peak_mib' in plain:
             memory = [_memory(row) if row else '' for row in found.values()]
             yield f"| {NAMES[attention]}, peak memory | | {plain['peak_mib']:,.0f} MiB | {' | '.join(memory)} |"
@@ -174,6 +177,18 @@ def verdict(contents: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[
     return wrong, left
 
 
+def together(left: Sequence[str]) -> Iterator[str]:
+    """Yield what was left out, the rows of one part and one reason as one."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for text in left:
+        name, _, reason = text.partition(': ')
+        part, _, row = name.partition(' ')
+        rows.setdefault((part, reason), []).append(row)
+    for (part, reason), names in rows.items():
+        named = f" {', '.join(names)}" if names != [''] else ''
+        yield f'{part}{named}: {reason}'
+
+
 def section(contents: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the section in Markdown."""
     if not contents:
@@ -188,7 +203,8 @@ def section(contents: Mapping[str, Mapping[str, Any]]) -> str:
         found = list(lines(measured(contents[name]))) if name in contents else []
         if len(found) > (2 if title else 0):  # more than the head of a table
             blocks += [title] * bool(title) + ['\n'.join(found)]
-    for title, texts in zip(('Wrong', 'Left out'), verdict(contents), strict=True):
+    wrong, left = verdict(contents)
+    for title, texts in (('Wrong', wrong), ('Left out', list(together(left)))):
         listed = '\n'.join([f'{title}:', '', *(f'- {text}' for text in texts)])
         blocks.append(listed if texts else f'{title}: nothing.')
     return '\n\n'.join(blocks)

@@ -8,7 +8,7 @@ back to the system at the end of a step, and gets again.
 import argparse
 import copy
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,25 @@ def times(stepper: step_time.Stepper, batch: tuple[torch.Tensor, torch.Tensor], 
                     event.count / steps)
         for event in recorded.key_averages() if event.device_type == DeviceType.CPU
     }
+
+
+def kernels(stepper: step_time.Stepper, batch: tuple[torch.Tensor, torch.Tensor], steps: int) -> dict[str, float]:
+    """Return the milliseconds in which a GPU computes or copies, and its launches, a step."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(steps):
+            stepper.step(batch)
+    ranges = [(event.time_range.start, event.time_range.end)
+              for event in recorded.events() if event.device_type == DeviceType.CUDA]
+    return {'kernel_ms': covered(ranges) / 1e3 / steps, 'launches': len(ranges) / steps}
+
+
+def covered(ranges: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of intervals."""
+    total, end = 0.0, float('-inf')
+    for begin, finish in sorted(ranges):
+        total += max(0.0, finish - max(begin, end))
+        end = max(end, finish)
+    return total
 
 
 def extra(found: Mapping[str, tuple], plain: Mapping[str, tuple], top: int) -> list[tuple[float, str]]:

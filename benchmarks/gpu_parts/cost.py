@@ -11,6 +11,7 @@ import profile_step
 import step_time
 import torch
 
+from dreal_timm import DrealTask
 from gpu_parts.record import Record
 from gpu_parts.table import PROBES, costs
 
@@ -72,6 +73,24 @@ def peaks(name: str, args: argparse.Namespace, device: torch.device) -> dict[str
     return found
 
 
+def kernels(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
+    """Return the time of the kernels of a step of each task, and its launches, over a round that visits every site.
+
+    Where launching takes longer than computing, a step's time is that of the host, and this is what is left of the cost
+    on a faster one.
+    """
+    found, batch = {}, step_time.make_batch(args, device)
+    for probe in ('plain', *args.probes):
+        free()
+        stepper = step_time.Stepper(probe, step_time.make_model(name), args, device)
+        if isinstance(stepper.task, DrealTask):
+            step_time.visit_every_site(stepper.task, args.steps)
+        for _ in range(args.steps):
+            stepper.step(batch)
+        found[probe] = profile_step.kernels(stepper, batch, args.steps)
+    return found
+
+
 def profile(name: str, probe: str, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Return the operations that take most time beside plain training's, in milliseconds more a step."""
     batch, found = step_time.make_batch(args, device), {}
@@ -105,6 +124,7 @@ class Costs:
         self.small = small
         self.round = 1.0  # seconds
         self.memory: dict[str, dict[str, float]] = {}
+        self.kernels: dict[str, dict[str, dict[str, float]]] = {}
         self.batch: dict[str, int] = {}
         self.missed: list[tuple[str, str, argparse.Namespace]] = []
 
@@ -120,7 +140,8 @@ class Costs:
         self.round = max(self.round, sum(row['seconds']['median'] for row in rows) * rows[0]['steps_a_round'])
         free()
         if self.device.type == 'cuda' and not compiled and attention not in self.memory:
-            self.memory[attention] = peaks(name, args, self.device)
+            self.kernels[attention] = kernels(name, args, self.device)
+            self.memory[attention] = peaks(name, args, self.device)  # the last: it turns trials off
         for row in rows:
             self.add(row, attention, share, compiled, args)
 
@@ -130,6 +151,9 @@ class Costs:
         facts: dict[str, Any] = dict(
             images_s=round(args.batch_size / row['seconds']['median'], 1), ratio=row['ratio'],
             least=row['rounds']['min'], most=row['rounds']['max'], rounds=row['rounds']['n'], batch=args.batch_size)
+        if share == 1.0 and attention in self.kernels:
+            own, plain = self.kernels[attention][probe], self.kernels[attention]['plain']
+            facts.update(own, kernel_ratio=own['kernel_ms'] / plain['kernel_ms'])
         if memory:
             facts.update(peak_mib=round(memory[probe]), memory_ratio=memory[probe] / memory['plain'])
             facts['memory_reached'] = facts['memory_ratio'] <= MEMORY

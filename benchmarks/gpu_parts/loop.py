@@ -11,6 +11,7 @@ from typing import Any
 
 import step_time
 import torch
+from profile_step import covered
 from small_run import recipe, write_images
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
@@ -103,15 +104,6 @@ def check_syncs(record: Record, run: Run, kind: str, steps: int = 6) -> None:
     record.near(f'{kind}.syncs', len(found) / (steps - 2), SYNCS[kind], where=sorted(set(found)))
 
 
-def _covered(ranges: list[tuple[float, float]]) -> float:
-    """Return the length of the union of intervals."""
-    total, end = 0.0, float('-inf')
-    for begin, finish in sorted(ranges):
-        total += max(0.0, finish - max(begin, end))
-        end = max(end, finish)
-    return total
-
-
 def measure_idle(record: Record, run: Run, kind: str) -> None:
     """Share of an epoch's time in which no kernel and no copy runs."""
     loader = run.train_loader
@@ -129,7 +121,7 @@ def measure_idle(record: Record, run: Run, kind: str) -> None:
               for event in recorded.events() if event.device_type == DeviceType.CUDA]
     if not ranges:
         raise AssertionError('the profiler saw no kernel')
-    share = 1 - _covered(ranges) / 1e6 / seconds
+    share = 1 - covered(ranges) / 1e6 / seconds
     record.add(f'{kind}.idle', ok=None, share=share, kernels_a_step=len(ranges) // 4)
 
 
