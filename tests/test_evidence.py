@@ -5,8 +5,8 @@ import shlex
 import statistics
 from pathlib import Path
 
-import learning
 import pytest
+from study import learning
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -76,7 +76,8 @@ def test_printed_lines_are_those_of_the_runs():
     """A block of a document that shows a study's command shows lines that this command prints."""
     shown = 0
     for document in DOCUMENTS:
-        blocks = re.findall(r'```\n\$ (python benchmarks/learning.py .*?)\n(.*?)```', document.read_text(), re.DOTALL)
+        blocks = re.findall(
+            r'```\n\$ (python benchmarks/study/learning.py .*?)\n(.*?)```', document.read_text(), re.DOTALL)
         for command, block in blocks:
             known = {learning.tell(row).rstrip() for row in rows_of(table_of(command), seeds_of(command)).values()}
             lines = [line for line in block.splitlines() if re.search(r'% in +\d+ s, \d+ seeds', line)]
@@ -89,7 +90,7 @@ def test_printed_lines_are_those_of_the_runs():
 def test_tables_of_forms_are_those_of_the_runs():
     """The tables of all forms, each below the command that prints it: every cell, and every form of the study."""
     parts = re.findall(
-        r'^`(python benchmarks/learning\.py [^`]*)`.*\n\n((?:\|.*\n)+)', EVIDENCE, re.MULTILINE)
+        r'^`(python benchmarks/study/learning\.py [^`]*)`.*\n\n((?:\|.*\n)+)', EVIDENCE, re.MULTILINE)
     assert parts
     for command, table in parts:
         rows = {form: row for (form, _), row in rows_of(table_of(command)).items()}
@@ -145,8 +146,8 @@ def test_all_images_together():
 
 def test_tables_of_the_signal_are_those_of_its_trainings():
     """Every number of what the reward says and the critic knows, and of the steps along each direction."""
-    commands = re.findall(r'^`python benchmarks/reward_signal.py --form (\S+)`', EVIDENCE, re.MULTILINE)
-    parts = re.split(r'^`python benchmarks/reward_signal.py --form \S+`', EVIDENCE, flags=re.MULTILINE)[1:]
+    commands = re.findall(r'^`python benchmarks/study/reward_signal.py --form (\S+)`', EVIDENCE, re.MULTILINE)
+    parts = re.split(r'^`python benchmarks/study/reward_signal.py --form \S+`', EVIDENCE, flags=re.MULTILINE)[1:]
     assert commands[0] == 'split'
     numbers = 0
     for form, part in zip(commands, parts, strict=True):

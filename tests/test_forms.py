@@ -8,23 +8,20 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import fashion
-import forms
-import learning
-import learning_figure
 import pytest
 import report
-import reward_signal
 import torch
 from networks import correct_targets, make_batch, make_model
 from oracle import map_by_hand
 from scipy import stats
+from study import fashion, forms, learning, learning_figure, reward_signal
 from timm.layers import SEModule
 from timm.task import ClassificationTask
 from torch.nn.functional import cross_entropy
 from torchvision.datasets import FashionMNIST
 
-from dreal_timm import DrealTask, taylor
+from dreal_timm import DrealTask
+from dreal_timm.probes import taylor
 
 CPU = torch.device('cpu')
 

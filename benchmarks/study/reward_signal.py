@@ -17,13 +17,11 @@ A network is trained, and after chosen epochs, in evaluation mode, on images tha
 import argparse
 import copy
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fashion
-import forms
-import report
 import torch
 from scipy.stats import spearmanr
 from torch import nn
@@ -32,6 +30,13 @@ from dreal_timm import DrealTask, find_sites
 from dreal_timm.attention.capture import bypass, read_map, record, tap
 from dreal_timm.attention.sites import Group, attention_parameters, group_sites
 from dreal_timm.trainable import stack_readings
+
+if not __package__:  # a script's path begins with its own folder; that of the other benchmarks is one up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import report
+
+from study import fashion, forms
 
 Direction = dict[str, torch.Tensor]
 _MEASURED = ('gain', 'scaled', 'loss')

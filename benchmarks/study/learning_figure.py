@@ -4,14 +4,19 @@ Filled: to plain training. Hollow: to the form's own control, whose rewards are 
 """
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import report
 from matplotlib.figure import Figure
 
 from dreal_timm.audit.figures import COLORS, INK
+
+if not __package__:  # a script's path begins with its own folder; that of the other benchmarks is one up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import report
 
 # what a form is compared with: label, marker, colour, colour within, place beside the row
 _MARKS = {

@@ -9,7 +9,6 @@ competitor. All others are options of `DrealTask`; those of the paper are `liter
 from contextlib import ExitStack
 from typing import Any
 
-import fashion
 import torch
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
@@ -20,6 +19,7 @@ from dreal_timm.attention.sites import attention_parameters, site_reader
 from dreal_timm.probes.base import Measure, Measured
 from dreal_timm.probes.taylor import TaylorMeasure
 from dreal_timm.replay.overrides import scratch_buffers
+from study import fashion
 
 _TAYLOR: dict[str, Any] = dict(actor_weight=1.0, probe='taylor')
 _EXACT: dict[str, Any] = dict(actor_weight=1.0, probe='exact', rotate='epoch')

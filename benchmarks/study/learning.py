@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,15 +19,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import fashion
-import forms
-import report
 import torch
 from torch import nn
 
 from dreal_timm import find_sites
 from dreal_timm.attention.capture import record
 from dreal_timm.attention.sites import group_sites
+
+if not __package__:  # a script's path begins with its own folder; that of the other benchmarks is one up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import report
+
+from study import fashion, forms
 
 _EVERY = [
     'plain', 'literal', 'literal-weak', 'taylor', 'taylor/shuffled', 'taylor/random', 'taylor-drawn', 'standardized',
