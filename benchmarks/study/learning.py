@@ -1,14 +1,13 @@
 """Does the reward teach? Accuracy of plain and reinforced training at equal steps and equal time, over paired seeds
 
-Runs of one seed share the initial weights, the images, their order and their augmentation. Every run is written to a
-file of its own as it ends; what is there already is not run again. The table is of all runs in the folder
-(--seed-range: of some seeds) and compares each form with plain training and with its control: mean difference of the
-paired seeds and its 95% interval (Student's t). Forms and controls are those of forms.py; FORM*1.2 trains for 1.2 times
-as many steps, so that plain training can have the time of a reinforced one. Seconds are those of training, in the
-median; on a CPU, of its own clock.
+Runs of one seed share the initial weights, the images, their order and their augmentation. Every run becomes a line of
+the study's file as it ends; what is there already is not run again. The table is of all runs in the file with the same
+settings (--seed-range: of some seeds) and compares each form with plain training and with its control: mean difference
+of the paired seeds and its 95% interval (Student's t). Forms and controls are those of forms.py; FORM*1.2 trains for
+1.2 times as many steps, so that plain training can have the time of a reinforced one. Seconds are those of training, in
+the median; on a CPU, of its own clock.
 """
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -31,7 +30,7 @@ if not __package__:  # a script's path begins with its own folder; that of the o
 
 import report
 
-from study import fashion, forms
+from study import fashion, forms, jsonl
 
 _EVERY = [
     'plain', 'literal', 'literal-weak', 'taylor', 'taylor/shuffled', 'taylor/random', 'taylor-drawn', 'standardized',
@@ -153,11 +152,17 @@ def table(runs: Sequence[dict]) -> list[dict]:
     return rows
 
 
-def read(folder: Path, settings: Mapping[str, Any], seeds: Sequence[int] | None = None) -> list[dict]:
-    """Return the runs of a folder that have these settings, of all seeds or of a first to a last."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
+def read(path: Path, settings: Mapping[str, Any], seeds: Sequence[int] | None = None) -> list[dict]:
+    """Return the runs of a file that have these settings, of all seeds or of a first to a last, in the order of tables.
+
+    Where two processes made the same run, it is the first of them.
+    """
     first, last = seeds or (-math.inf, math.inf)
-    return [r for r in runs if all(r[key] == settings[key] for key in _SETTINGS) and first <= r['seed'] <= last]
+    found: dict[str, dict] = {}
+    for r in jsonl.read(path):
+        if all(r[key] == settings[key] for key in _SETTINGS) and first <= r['seed'] <= last:
+            found.setdefault(_name(r['form'], r['weight'], r['seed']), r)
+    return [found[name] for name in sorted(found)]
 
 
 def tell(row: Mapping[str, Any]) -> str:
@@ -178,14 +183,13 @@ def _train(job: tuple[Path, str, float | None, int, dict, str, str, dict]) -> st
     """Run one job in a process of the pool, and write it."""
     path, name, weight, seed, settings, folder, device, header = job
     result = {**settings, **header, **run(name, weight, seed, settings, folder, device)}
-    part = path.with_suffix('.part')
-    part.write_text(json.dumps(result) + '\n')
-    part.replace(path)
+    jsonl.append(path, result)
     return f"{name}{'' if weight is None else f' {weight:g}'} seed {seed}: {result['top1']:.2f}%"
 
 
-def _file(name: str, weight: float | None, seed: int) -> str:
-    return f"{name.replace('/', '+').replace('*', 'x')}{'' if weight is None else f'-{weight:g}'}-{seed}.json"
+def _name(form: str, weight: float | None, seed: int) -> str:
+    """Name a run. Sorted, forms that were not planned stand in tables by their names, a control before its form."""
+    return f"{form.replace('/', '+')}{'' if weight is None else f'-{weight:g}'}-{seed}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -205,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--jobs', type=int, default=2, help='trainings at a time')
     parser.add_argument('--data', type=Path, default=fashion.DEBIAN_FILES, help='folder of Fashion-MNIST')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--output', type=Path, help='folder of the runs')
+    parser.add_argument('--output', type=Path, help='file of the runs, .jsonl; their table is beside it')
     parser.add_argument('--table-only', action='store_true', help='print that of the runs that are there')
     parser.add_argument(
         '--seed-range', nargs=2, type=int, metavar=('FIRST', 'LAST'), help='the same, of these seeds alone')
@@ -220,19 +224,22 @@ def main() -> None:
             setattr(args, name, value)
     if args.device == 'cpu':
         torch.set_num_threads(1)  # a training each
-    folder = args.output or report.RESULTS / 'learning' / f'{args.study}-{args.attention}'
+    path = args.output or report.RESULTS / 'learning' / f'{args.study}-{args.attention}.jsonl'
+    if path.suffix == '.json' or path.is_dir():
+        parser.error(f"--output is the file of the runs, such as 'runs.jsonl', and not '{path}'")
     header = report.begin(args, torch.device(args.device))
     settings = {key: getattr(args, key) for key in _SETTINGS}
     plan = [
-        (folder / _file(name, weight, seed), name, weight, seed)
+        (name, weight, seed)
         for seed in range(args.first_seed, args.first_seed + args.seeds)
         for name in args.forms
         for weight in ([None] if args.weights is None or name == 'plain' else args.weights)]
     told = {'versions': header['versions'], 'machine': header['machine']}
     table_only = args.table_only or args.seed_range is not None
+    made = {_name(r['form'], r['weight'], r['seed']) for r in read(path, settings)}
     jobs = [
-        (*job, settings, str(args.data), args.device, told) for job in plan
-        if not job[0].exists() and not table_only]
+        (path, *job, settings, str(args.data), args.device, told) for job in plan
+        if _name(*job) not in made and not table_only]
     try:
         for name in args.forms:
             split_stretch(name)
@@ -240,22 +247,20 @@ def main() -> None:
             fashion.files(args.data)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    if jobs:
-        folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         for number, line in enumerate(pool.map(_train, jobs), 1):
             print(f'{number}/{len(jobs)} {line}', flush=True)
-    runs = read(folder, settings, args.seed_range)
-    if not runs:
-        parser.error(f"no runs of these settings in '{folder}'")
-    header['made_on'] = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in runs})
-    rows = table(runs)
-    order = list(dict.fromkeys((name, weight) for _, name, weight, _ in plan))
+    found = read(path, settings, args.seed_range)
+    if not found:
+        parser.error(f"no runs of these settings in '{path}'")
+    header['made_on'] = sorted({f"{r['machine']}, torch {r['versions']['torch']}" for r in found})
+    rows = table(found)
+    order = list(dict.fromkeys((name, weight) for name, weight, _ in plan))
     rows.sort(key=lambda row: order.index(key) if (key := (row['form'], row['weight'])) in order else len(order))
     for row in rows:
         print(tell(row))
     if not table_only:
-        report.write(folder.with_suffix('.json'), header, rows)
+        report.write(path.with_suffix('.json'), header, rows)
 
 
 if __name__ == '__main__':

@@ -13,6 +13,8 @@ A network is trained, and after chosen epochs, in evaluation mode, on images tha
   same shuffled, and along random directions, what happens to the exact mean gain, to that in standard deviations of
   each site (`scaled`, as a standardized reward weighs them) and to the class loss, on the batch itself and on new
   images.
+
+A training becomes a line of a file; one that is there with the same settings is printed from it and not made again.
 """
 import argparse
 import copy
@@ -36,7 +38,7 @@ if not __package__:  # a script's path begins with its own folder; that of the o
 
 import report
 
-from study import fashion, forms
+from study import fashion, forms, jsonl
 
 Direction = dict[str, torch.Tensor]
 _MEASURED = ('gain', 'scaled', 'loss')
@@ -276,6 +278,52 @@ def _measure(model: nn.Module, data: fashion.Data, first: Mapping[str, Any] | No
         'right': right, 'sd': sd}
 
 
+def tell(row: Mapping[str, Any]) -> None:
+    """Print what was seen after an epoch; numbers of steps are means over the batches that they were made from."""
+    print(f"epoch {row['epoch']}: top-1 {row['top1']:.2f}%")
+    for group in row['groups']:
+        numbers = [f'{key} {value:.3f}' for key, value in group.items() if key != 'group']
+        print('  '.join([f"  {group['group']:16}", *numbers]))
+    steps = row['pushes']
+    for name in steps[0]['steps']:
+        told = {
+            f'{key} {where}': [s['steps'][name][where][key] for s in steps]
+            for where in ('same', 'new') for key in _MEASURED}
+        print(f'  along {name:9}' + '  '.join(f'{k} {sum(v) / len(v):+.5f}' for k, v in told.items()))
+    for where, first in steps[0]['before'].items():
+        print(f'  before, {where}: ' + '  '.join(
+            f"{key} {sum(s['before'][where][key] for s in steps) / len(steps):.4f}" for key in first))
+    keys = [key for key in steps[0] if key not in ('steps', 'before')]
+    print('  ' + '  '.join(f'{key} {sum(s[key] for s in steps) / len(steps):.4f}' for key in keys), flush=True)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train once; return and print what was seen after each of the chosen epochs."""
+    device = torch.device('cpu')
+    data = fashion.open_set(args.set, args.data)
+    model = fashion.network(args.attention, args.width, args.seed, classes=data.classes)
+    task = forms.make_task(model, args.form, args.seed, device)
+    assert isinstance(task, DrealTask), 'plain training has no critic: use --form split with weight 0'
+    images = fashion.subset(data.splits['train'], args.images, args.seed)
+    held_out = fashion.subset(data.splits['test'], args.held_out, 1)
+    rows: list[dict[str, Any]] = []
+
+    def after_epoch(epoch: int) -> None:
+        if epoch + 1 not in args.after:
+            return
+        top1 = fashion.accuracy(model, data.splits['test'], device)
+        groups = signal_of(task, task.groups, held_out, data.mirrored, args.views)
+        loader = fashion.batches(images, args.batch_size, 10_000 + epoch, args.seed, data.mirrored)
+        pushes = [steps_along(task, next(loader), held_out, args.step, i) for i in range(args.batches)]
+        rows.append({'epoch': epoch + 1, 'top1': top1, 'groups': groups, 'pushes': pushes})
+        tell(rows[-1])
+        task.get_trainable_module().train()
+
+    fashion.train(
+        task, images, args.epochs, args.batch_size, args.lr, args.seed, device, after_epoch, data.mirrored)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--set', choices=('fashion', 'letters'), default='fashion')
@@ -293,47 +341,19 @@ def main() -> None:
     parser.add_argument('--lr', type=float, default=0.1)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--data', type=Path, default=fashion.DEBIAN_FILES, help='folder of Fashion-MNIST')
-    parser.add_argument('--output', type=Path)
+    parser.add_argument('--output', type=Path, help='file of the trainings, .jsonl')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    device = torch.device('cpu')
-    header = report.begin(args, device)
-    data = fashion.open_set(args.set, args.data)
-    model = fashion.network(args.attention, args.width, args.seed, classes=data.classes)
-    task = forms.make_task(model, args.form, args.seed, device)
-    assert isinstance(task, DrealTask), 'plain training has no critic: use --form split with weight 0'
-    images = fashion.subset(data.splits['train'], args.images, args.seed)
-    held_out = fashion.subset(data.splits['test'], args.held_out, 1)
-    rows: list[dict[str, Any]] = []
-
-    def after_epoch(epoch: int) -> None:
-        if epoch + 1 not in args.after:
+    header = report.begin(args, torch.device('cpu'))
+    path = args.output or report.RESULTS / f'signal-{args.set}-{args.attention}.jsonl'
+    settings = {key: value for key, value in header['settings'].items() if key not in ('data', 'output')}
+    for made in jsonl.read(path):
+        if made['settings'].items() >= settings.items():
+            for row in made['rows']:
+                tell(row)
             return
-        top1 = fashion.accuracy(model, data.splits['test'], device)
-        print(f'epoch {epoch + 1}: top-1 {top1:.2f}%', flush=True)
-        found = signal_of(task, task.groups, held_out, data.mirrored, args.views)
-        for row in found:
-            numbers = [f'{key} {value:.3f}' for key, value in row.items() if key != 'group']
-            print('  '.join([f"  {row['group']:16}", *numbers]))
-        loader = fashion.batches(images, args.batch_size, 10_000 + epoch, args.seed, data.mirrored)
-        steps = [steps_along(task, next(loader), held_out, args.step, i) for i in range(args.batches)]
-        for name in steps[0]['steps']:
-            told = {
-                f'{key} {where}': [s['steps'][name][where][key] for s in steps]
-                for where in ('same', 'new') for key in _MEASURED}
-            print(f'  along {name:9}' + '  '.join(f'{k} {sum(v) / len(v):+.5f}' for k, v in told.items()))
-        for where, first in steps[0]['before'].items():
-            print(f'  before, {where}: ' + '  '.join(
-                f"{key} {sum(s['before'][where][key] for s in steps) / len(steps):.4f}" for key in first))
-        keys = [key for key in steps[0] if key not in ('steps', 'before')]
-        print('  ' + '  '.join(f'{key} {sum(s[key] for s in steps) / len(steps):.4f}' for key in keys), flush=True)
-        rows.append({'epoch': epoch + 1, 'top1': top1, 'groups': found, 'pushes': steps})
-        task.get_trainable_module().train()
-
-    fashion.train(
-        task, images, args.epochs, args.batch_size, args.lr, args.seed, device, after_epoch, data.mirrored)
-    name = f'signal-{args.set}-{args.attention}-{args.form.replace("/", "+")}-{args.seed}.json'
-    report.write(args.output or report.RESULTS / name, header, rows)
+    jsonl.append(path, {**header, 'rows': run(args)})
+    print(f'written: {path}')
 
 
 if __name__ == '__main__':
