@@ -15,9 +15,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import fashion
 import report
 import torch
+from study import fashion
 from timm.task import ClassificationTask
 
 from dreal_timm import DrealTask, find_sites

@@ -97,7 +97,7 @@ def test_files_that_are_named_exist():
     """Every file and link that the documents name is there."""
     for path in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]:
         text = path.read_text(encoding='utf-8')
-        for link in re.findall(r'\]\((?!http)([^)#]+)\)', text) + re.findall(r'python (benchmarks/\w+\.py)', text):
+        for link in re.findall(r'\]\((?!http)([^)#]+)\)', text) + re.findall(r'python (benchmarks/[\w/]+\.py)', text):
             assert (path.parent / link).exists() or (ROOT / link).exists(), link
 
 

@@ -5,8 +5,8 @@ import shlex
 import statistics
 from pathlib import Path
 
-import learning
 import pytest
+from study import jsonl, learning
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -30,12 +30,19 @@ DIRECTIONS = {
 
 def runs_of(path, seeds=None):
     """The runs of a committed table, or those of some seeds."""
-    return learning.read(path.with_suffix(''), json.loads(path.read_text())['settings'], seeds)
+    return learning.read(path.with_suffix('.jsonl'), json.loads(path.read_text())['settings'], seeds)
 
 
 def rows_of(path, seeds=None):
     """Rows of a committed table by form and weight, computed again from its runs, or from those of some seeds."""
     return {(row['form'], row['weight']): row for row in learning.table(runs_of(path, seeds))}
+
+
+def signal_of(form, seed):
+    """What the committed training of a form and a seed showed after its epochs."""
+    trainings = jsonl.read(RESULTS / 'signal-fashion-se.jsonl')
+    (rows,) = [t['rows'] for t in trainings if (t['settings']['form'], t['settings']['seed']) == (form, seed)]
+    return rows
 
 
 def table_of(command):
@@ -62,7 +69,7 @@ def cells_of(line):
 
 @pytest.mark.parametrize('path', TABLES, ids=lambda path: path.stem)
 def test_a_table_is_that_of_its_runs(path):
-    """Every row of a committed table is computed again from the files of its runs."""
+    """Every row of a committed table is computed again from the lines of its runs."""
     found, rows = json.loads(path.read_text()), rows_of(path)
     assert len(found['rows']) == len(rows) > 1
     for row in found['rows']:
@@ -76,7 +83,8 @@ def test_printed_lines_are_those_of_the_runs():
     """A block of a document that shows a study's command shows lines that this command prints."""
     shown = 0
     for document in DOCUMENTS:
-        blocks = re.findall(r'```\n\$ (python benchmarks/learning.py .*?)\n(.*?)```', document.read_text(), re.DOTALL)
+        blocks = re.findall(
+            r'```\n\$ (python benchmarks/study/learning.py .*?)\n(.*?)```', document.read_text(), re.DOTALL)
         for command, block in blocks:
             known = {learning.tell(row).rstrip() for row in rows_of(table_of(command), seeds_of(command)).values()}
             lines = [line for line in block.splitlines() if re.search(r'% in +\d+ s, \d+ seeds', line)]
@@ -89,7 +97,7 @@ def test_printed_lines_are_those_of_the_runs():
 def test_tables_of_forms_are_those_of_the_runs():
     """The tables of all forms, each below the command that prints it: every cell, and every form of the study."""
     parts = re.findall(
-        r'^`(python benchmarks/learning\.py [^`]*)`.*\n\n((?:\|.*\n)+)', EVIDENCE, re.MULTILINE)
+        r'^`(python benchmarks/study/learning\.py [^`]*)`.*\n\n((?:\|.*\n)+)', EVIDENCE, re.MULTILINE)
     assert parts
     for command, table in parts:
         rows = {form: row for (form, _), row in rows_of(table_of(command)).items()}
@@ -145,12 +153,12 @@ def test_all_images_together():
 
 def test_tables_of_the_signal_are_those_of_its_trainings():
     """Every number of what the reward says and the critic knows, and of the steps along each direction."""
-    commands = re.findall(r'^`python benchmarks/reward_signal.py --form (\S+)`', EVIDENCE, re.MULTILINE)
-    parts = re.split(r'^`python benchmarks/reward_signal.py --form \S+`', EVIDENCE, flags=re.MULTILINE)[1:]
+    commands = re.findall(r'^`python benchmarks/study/reward_signal.py --form (\S+)`', EVIDENCE, re.MULTILINE)
+    parts = re.split(r'^`python benchmarks/study/reward_signal.py --form \S+`', EVIDENCE, flags=re.MULTILINE)[1:]
     assert commands[0] == 'split'
     numbers = 0
     for form, part in zip(commands, parts, strict=True):
-        after = json.loads((RESULTS / f'signal-fashion-se-{form}-0.json').read_text())['rows']
+        after = signal_of(form, 0)
         for line in part.split('\n#')[0].splitlines():
             label, *cells = cells_of(line)
             if label in SIGNAL:
@@ -180,9 +188,9 @@ def test_ranks_of_three_trainings_are_theirs():
     assert sorted((form, label) for form, label, _ in told) == sorted(
         (form, label) for form in ('split', 'capacity-inputs-share') for label in keys)
     for form, label, cells in told:
-        trainings = [json.loads((RESULTS / f'signal-fashion-se-{form}-{seed}.json').read_text()) for seed in range(3)]
-        assert [training['rows'][-1]['epoch'] for training in trainings] == [5, 5, 5]
-        groups = zip(*(training['rows'][-1]['groups'] for training in trainings), strict=True)
+        trainings = [signal_of(form, seed) for seed in range(3)]
+        assert [rows[-1]['epoch'] for rows in trainings] == [5, 5, 5]
+        groups = zip(*(rows[-1]['groups'] for rows in trainings), strict=True)
         assert cells_of(cells) == [', '.join(f'{group[keys[label]]:.2f}' for group in stage) for stage in groups]
 
 
@@ -191,11 +199,11 @@ def test_steps_of_three_trainings_are_theirs():
     told = re.findall(r'^\| `(\S+)`, (before a step|along .*?) \| (.*) \|$', EVIDENCE, re.MULTILINE)
     assert len(told) == 2 * 5
     for form, label, cells in told:
-        trainings = [json.loads((RESULTS / f'signal-fashion-se-{form}-{seed}.json').read_text()) for seed in range(3)]
+        trainings = [signal_of(form, seed) for seed in range(3)]
         for where, cell in zip(('same', 'new'), cells_of(cells), strict=True):
             texts = []
-            for training in trainings:
-                pushes = training['rows'][-1]['pushes']
+            for rows in trainings:
+                pushes = rows[-1]['pushes']
                 if label == 'before a step':
                     texts.append(f"{statistics.mean(push['before'][where]['scaled'] for push in pushes):.2f}")
                 else:

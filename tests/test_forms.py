@@ -7,24 +7,22 @@ import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 
-import fashion
-import forms
-import learning
-import learning_figure
 import pytest
 import report
-import reward_signal
 import torch
 from networks import correct_targets, make_batch, make_model
 from oracle import map_by_hand
 from scipy import stats
+from study import fashion, forms, jsonl, learning, learning_figure, reward_signal
 from timm.layers import SEModule
 from timm.task import ClassificationTask
 from torch.nn.functional import cross_entropy
 from torchvision.datasets import FashionMNIST
 
-from dreal_timm import DrealTask, taylor
+from dreal_timm import DrealTask
+from dreal_timm.probes import taylor
 
 CPU = torch.device('cpu')
 
@@ -210,8 +208,8 @@ def test_runs_of_a_seed_are_paired(monkeypatch):
 
 
 def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
-    """A study writes a file a run, does not run again what is there, and a table of all that is in its folder."""
-    made = []
+    """A study writes a line a run, does not run again what is there, and a table of all that is in its file."""
+    made, path = [], tmp_path / 'new' / 'runs.jsonl'
 
     def run(name, weight, seed, *_):
         made.append((name, seed))
@@ -221,26 +219,69 @@ def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
     def study(*arguments):
         made.clear()
         monkeypatch.setattr(
-            sys, 'argv', ['learning.py', 'few', '--seeds', '2', '--output', str(tmp_path / 'runs'), *arguments])
+            sys, 'argv', ['learning.py', 'few', '--seeds', '2', '--output', str(path), *arguments])
         learning.main()
         return [line.split()[0] for line in capsys.readouterr().out.splitlines() if '% in' in line]
+
+    def drop(form, seed):
+        lines = path.read_text().splitlines(keepends=True)
+        rest = [line for line in lines if f'"form": "{form}", "weight": null, "seed": {seed}' not in line]
+        assert len(rest) == len(lines) - 1
+        path.write_text(''.join(rest))
 
     monkeypatch.setattr(learning, 'run', run)
     monkeypatch.setattr(learning, 'ProcessPoolExecutor', lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(fashion, 'files', lambda folder: None)
     forms_of = ('--forms', 'taylor', 'plain')
     assert study(*forms_of) == ['taylor', 'plain'] and len(made) == 4
-    (tmp_path / 'runs' / 'plain-2001.json').unlink()
+    drop('plain', 2001)
     assert study(*forms_of) == ['taylor', 'plain'] and made == [('plain', 2001)]
     assert study('--forms', 'plain', 'twice') == ['plain', 'twice', 'taylor']
-    rows = json.loads((tmp_path / 'runs.json').read_text())['rows']
+    rows = json.loads(path.with_suffix('.json').read_text())['rows']
     assert [(row['form'], row['seeds'], row.get('minus_plain')) for row in rows] == [
         ('plain', 2, None), ('twice', 2, 0), ('taylor', 2, 1)]
-    (tmp_path / 'runs.json').unlink()
+    path.with_suffix('.json').unlink()
     assert study('--forms', 'cal', 'plain', '--table-only') == ['plain', 'taylor', 'twice'] and not made
-    (tmp_path / 'runs' / 'twice-2000.json').unlink()
+    drop('twice', 2000)
     assert study('--seed-range', '1990', '2000') == ['plain', 'taylor'] and not made
-    assert not (tmp_path / 'runs.json').exists()
+    assert not path.with_suffix('.json').exists()
+    assert study('--forms', 'plain', '--lr', '0.2') == ['plain'] and len(made) == 2  # of other settings
+    run_again = {**jsonl.read(path)[0], 'top1': 0.0}  # of two processes that made the same run, the first counts
+    jsonl.append(path, run_again)
+    settings = {key: run_again[key] for key in ('set', 'attention', 'images', 'epochs', 'width', 'batch_size', 'lr')}
+    assert all(one['top1'] for one in learning.read(path, settings))
+
+
+def add_lines(path, writer):
+    for number in range(50):
+        jsonl.append(path, {'writer': writer, 'number': number, 'padding': 'x' * 3000})
+
+
+def test_processes_add_lines_together(tmp_path):
+    """Four processes that add to one file lose no run, and leave each in one piece."""
+    path = tmp_path / 'new' / 'runs.jsonl'
+    processes = [get_context('fork').Process(target=add_lines, args=(path, writer)) for writer in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = [(run['writer'], run['number']) for run in jsonl.read(path)]
+    assert sorted(found) == [(writer, number) for writer in range(4) for number in range(50)]
+
+
+def test_half_a_line(tmp_path):
+    """What a killed process left at the end is no run, and goes when the next one is added; one within is an error."""
+    path = tmp_path / 'runs.jsonl'
+    assert jsonl.read(path) == []
+    jsonl.append(path, {'seed': 0})
+    with path.open('a') as file:
+        file.write('{"seed": 1, "top')
+    assert jsonl.read(path) == [{'seed': 0}]
+    jsonl.append(path, {'seed': 2})
+    assert path.read_text() == '{"seed": 0}\n{"seed": 2}\n'
+    path.write_text('{"seed": 3\n{"seed": 4}\n')
+    with pytest.raises(ValueError, match='delimiter'):
+        jsonl.read(path)
 
 
 @pytest.mark.skipif(shutil.which('git') is None, reason='needs git')
@@ -293,14 +334,17 @@ def test_files_of_fashion_mnist(tmp_path):
     (['few', '--data', 'nowhere'], "No 'train-images-idx3-ubyte.gz' in 'nowhere'"),
     (['few', '--table-only'], 'no runs of these settings'),
     (['few', '--seed-range', '5', '6'], 'no runs of these settings'),
+    (['few', '--output', 'runs.json'], "such as 'runs.jsonl', and not 'runs.json'"),
+    (['few', '--output', '.'], "such as 'runs.jsonl', and not '.'"),
 ])
 def test_a_study_on_wrong_input(arguments, message, tmp_path, monkeypatch, capsys):
     """What cannot be run is said in a line, and no table is written."""
-    monkeypatch.setattr(sys, 'argv', ['learning.py', *arguments, '--output', str(tmp_path / 'runs')])
+    monkeypatch.setattr(sys, 'argv', ['learning.py', arguments[0], '--output', 'runs.jsonl', *arguments[1:]])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match='2'):
         learning.main()
     assert message in capsys.readouterr().err
-    assert not (tmp_path / 'runs.json').exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_intraclass_correlation():
@@ -336,6 +380,23 @@ def test_exact_gains_by_hand():
         del module.forward
         expected = (1 - without[range(6), labels] / probabilities[range(6), labels]).clamp(-1, 1)
         torch.testing.assert_close(gains[:, column], expected.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_training_that_is_there_is_printed(tmp_path, monkeypatch, capsys):
+    """The committed training is shown without another; of other settings, or for another file, one is made."""
+    made = []
+    monkeypatch.setattr(reward_signal, 'run', lambda args: made.append(args.seed) or [])
+
+    def look(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['reward_signal.py', *arguments])
+        reward_signal.main()
+        return capsys.readouterr().out
+
+    assert 'epoch 5: top-1 83.62%' in look() and not made
+    for seed in (7, 8, 8):
+        look('--seed', str(seed), '--output', str(tmp_path / 'new.jsonl'))
+    assert made == [7, 8]
+    assert [line['settings']['seed'] for line in jsonl.read(tmp_path / 'new.jsonl')] == [7, 8]
 
 
 def test_directions_are_gradients():
