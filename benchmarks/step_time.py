@@ -32,12 +32,13 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, TrainingTask
 
 import dreal_timm.probes.base
+import dreal_timm.probes.counterfactual
 import dreal_timm.probes.taylor
 from dreal_timm import DrealTask
 from dreal_timm.attention.sites import Site
 from dreal_timm.models.reid import ReidNetwork
-from dreal_timm.probes.counterfactual import Probe
-from dreal_timm.probes.passes import Judged
+from dreal_timm.probes.counterfactual import CounterfactualProbe
+from dreal_timm.probes.passes import RecordedPass
 from dreal_timm.probes.restart import Restart
 from dreal_timm.reid import IdentityLoss
 
@@ -51,6 +52,7 @@ def count_as_right(share: float) -> None:
         return torch.arange(len(target), device=target.device) < round(share * len(target))
 
     dreal_timm.probes.base.is_correct = is_correct
+    dreal_timm.probes.counterfactual.is_correct = is_correct
     dreal_timm.probes.taylor.is_correct = is_correct
 
 
@@ -67,13 +69,13 @@ def keep_memory() -> None:
 
 def begin_at(place: str) -> None:
     """Let counterfactual passes begin at the sites ('site'), at the blocks around them, or with the images."""
-    restart = Probe.restart
+    restart = CounterfactualProbe.restart
 
-    def changed(self: Probe, judged: Judged, site: Site) -> Restart | None:
-        found = restart(self, judged, site)
+    def changed(self: CounterfactualProbe, recorded: RecordedPass, site: Site) -> Restart | None:
+        found = restart(self, recorded, site)
         return None if found is None or place == 'image' else found.within() if place == 'block' else found
 
-    setattr(Probe, 'restart', changed)  # noqa: B010 (mypy allows no assignment to a method)
+    setattr(CounterfactualProbe, 'restart', changed)  # noqa: B010 (mypy allows no assignment to a method)
 
 
 def visit_every_site(task: DrealTask, steps: int) -> None:

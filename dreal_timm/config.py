@@ -15,17 +15,20 @@ class DrealConfig:
 
     Attributes:
         gamma: Penalty of a wrongly classified sample (Eq. 1), in (0, reward_clip].
-        actor_weight: Weight of L_q (Eq. 8, 9). The paper's 1 saturates gates, see docs/training.md.
+        actor_weight: Weight of L_q (Eq. 8). The paper's 1 drives most gates to 0 or 1, see docs/training.md. With 0
+            the model learns exactly as it does without a critic.
         probe: How the rewards of Eq. 1 are measured. 'exact': a counterfactual pass for each group, with the map of
             the drawn site replaced by its mean. 'split': one pass, each sample with one of these maps. 'taylor':
             first-order estimate from the backward pass's own gradients, of every site, one step late.
         probe_every: Rewards are measured every N steps. Between measurements L_q still trains the attention; the
             critic is not updated.
-        taylor_target: None measures the log-probability of the class; 'loss' each sample's own class loss, for losses
-            whose gradient is another.
-        rotate: When another site of each group is drawn: 'epoch' (Sec. 4.1), 'step', or every N steps.
+        taylor_target: 'loss' lets 'taylor' measure by each sample's own class loss l, R = 1 - exp(-(l' - l)), which
+            losses other than plain cross-entropy need.
+        rotate: When another site of each group is drawn: 'epoch' (Sec. 4.1), 'step', or every N steps. An epoch begins
+            at `train()` of the trainable module after at least one step, or at `set_epoch()`.
         reward_clip: Rewards are clamped to +-reward_clip; None is the literal equation.
-        probe_dtype: 'float32' measures rewards in float32 under autocast; None in the precision of the judged pass.
+        probe_dtype: 'float32' measures rewards in float32 under autocast, by one more pass. None keeps the precision of
+            the judged pass.
         seed: Seed of the critic's weights and of the draw of sites. None is 0, in a recipe the run's seed.
         critic_cell: 'lstm' (Sec. 3.2) or 'gru'.
         critic_hidden_size: Hidden units of a critic. Other than 1 (the paper's), a linear read-out follows.

@@ -14,7 +14,6 @@ __all__ = ['CELLS', 'Critic', 'RecurrentCritic']
 
 _logger = logging.getLogger(__name__)
 
-_EPS = 1e-8  # of variances of maps, whose standard deviations are often 1e-2 and less
 CELLS: dict[str, type[nn.RNNBase]] = {'lstm': nn.LSTM, 'gru': nn.GRU}
 
 
@@ -36,9 +35,6 @@ class RecurrentCritic(nn.Module):
         cell: 'lstm' (the paper's) or 'gru'.
         hidden_size: Number of hidden units.
         depth: Number of cells on top of each other.
-        standardized: Whether each number that the cell reads is standardized over the batch, for each site by itself:
-            the critic then sees how a sample differs from others, and its judgement of a batch has no gradient that
-            moves a gate for all of its samples alike. A batch of one is all zeros.
 
     Raises:
         ValueError: Unknown cell, or a hidden size or depth below 1.
@@ -50,7 +46,6 @@ class RecurrentCritic(nn.Module):
             cell: str = 'lstm',
             hidden_size: int = 1,
             depth: int = 1,
-            standardized: bool = False,
             device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -65,10 +60,7 @@ class RecurrentCritic(nn.Module):
         self.rnn = CELLS[cell](
             input_size=2 * positions, hidden_size=hidden_size, num_layers=depth, batch_first=True, **dd)
         self.readout = nn.Identity() if hidden_size == 1 else nn.Linear(hidden_size, 1, **dd)
-        self.standardized: torch.Tensor | None
-        # a buffer, so that whoever loads a critic knows how it reads
-        self.register_buffer('standardized', torch.ones((), dtype=torch.bool, device=device) if standardized else None)
-        self._told = False
+        self._pooling_logged = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -94,10 +86,14 @@ class RecurrentCritic(nn.Module):
             return x.flatten(2)
         if len(self.size) == 1 or x.ndim != 4:
             raise ValueError(f'The critic was built for maps of size {self.size}, got {tuple(x.shape[2:])}.')
-        if not self._told:
+        if not self._pooling_logged:
             _logger.info(f'Spatial maps of {tuple(x.shape[2:])} are pooled to the size of their critic, {self.size}.')
-            self._told = True
+            self._pooling_logged = True
         return F.adaptive_avg_pool2d(x, (self.size[0], self.size[1])).flatten(2)
+
+    def inputs(self, state: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """Return what the cell reads of each site, (B, L, 2 N): state and map of all N positions."""
+        return torch.cat([self._fit(state), self._fit(attention)], dim=2)
 
     def forward(self, state: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Return the quality Q of each map, (B, L).
@@ -106,9 +102,7 @@ class RecurrentCritic(nn.Module):
             state: Reduced feature maps F~, (B, L, C) or (B, L, H, W), float32.
             attention: Attention maps A, of the same shape, or with height, width or both behind C.
         """
-        x = torch.cat([self._fit(state), self._fit(attention)], dim=2)
-        if self.standardized is not None:
-            x = (x - x.mean(0)) / (x.var(0, correction=0) + _EPS).sqrt()
+        x = self.inputs(state, attention)
         rnn = self.rnn
         start = x.new_zeros(rnn.num_layers, len(x), rnn.hidden_size)
         # not rnn(x): it keeps a list of its weights, past which detached ones from functional_call would have no effect
@@ -129,12 +123,13 @@ class Critic(nn.ModuleDict):
         seed: Seed of a generator of its own for the weights: building a critic draws nothing from the global one.
         **kwargs: Passed to each `RecurrentCritic`.
     """
+    critic_class: type[RecurrentCritic] = RecurrentCritic
 
     def __init__(self, sizes: Mapping[str, tuple[int, ...]], seed: int = 0, **kwargs: Any):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             device = kwargs.pop('device', None)
-            super().__init__({name: RecurrentCritic(size, **kwargs) for name, size in sizes.items()})
+            super().__init__({name: self.critic_class(size, **kwargs) for name, size in sizes.items()})
         if device is not None:
             self.to(device)
 

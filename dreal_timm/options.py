@@ -149,7 +149,8 @@ def convert(option: Option, value: Any, where: str = '') -> Any:
     elif option.maximum is not None and not all(number <= option.maximum for number in values):
         problem = f'must be {option.maximum} or less'
     elif option.choices and converted not in option.choices:
-        problem = f'expected one of {", ".join(repr(choice) for choice in option.choices)}'
+        accepted = [*map(repr, option.choices), *(['None'] if option.nullable else [])]
+        problem = f'expected one of {", ".join(accepted)}'
     if problem:
         raise ValueError(f'{where}{option.name}: {problem}, got {value!r}.')
     return converted

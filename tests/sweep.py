@@ -192,7 +192,7 @@ def check(name: str) -> dict[str, object]:
     check_audit(model, sites, input, target)
     task = check_steps(model, sites, input, target)
 
-    flow = task.measure.probe.flow
+    flow = task.probe.flow
     plans = [flow.restarts[site.name] for site in sites]
     begin = 'images' if None in plans else 'sites'
     if begin == 'sites' and any(plan.inputs[-1] != plan.site.module for plan in plans):

@@ -9,24 +9,24 @@ import pytest
 import dreal_timm
 
 ROOT = Path(dreal_timm.__file__).parent
-METHOD = {'attention', 'critic', 'losses', 'options', 'probes', 'replay', 'reward', 'rotation', 'share', 'trainable'}
+METHOD = {'attention', 'config', 'critic', 'losses', 'options', 'probes', 'replay', 'reward', 'rotation', 'trainable'}
 BASE = {'errors', 'utils', 'version'}
 NETWORKS = {'data', 'hub', 'layers', 'models'}
 ALLOWED = {
     **{name: set[str]() for name in (
-        'version', 'errors', 'layers', 'replay', 'critic', 'reward', 'rotation', 'losses', 'share', 'options')},
+        'version', 'errors', 'layers', 'replay', 'critic', 'reward', 'rotation', 'losses', 'options')},
     'utils': {'errors'},
     'models': {'layers'},
     'attention': {'layers', 'replay'},
     'trainable': {'attention', 'critic', 'replay', 'rotation'},
-    'probes': {'attention', 'replay', 'reward', 'trainable', 'utils'},
     'config': {'options'},
-    'task': METHOD | {'config', 'utils'},
+    'probes': {'attention', 'config', 'replay', 'reward', 'trainable', 'utils'},
+    'task': METHOD | {'utils'},
     'data': {'errors'},
     'hub': METHOD | NETWORKS | BASE,
     'audit': METHOD | NETWORKS | BASE,
     'reid': METHOD | NETWORKS | BASE,
-    'train': METHOD | NETWORKS | BASE | {'config', 'reid', 'task'},
+    'train': METHOD | NETWORKS | BASE | {'reid', 'task'},
     'cli': METHOD | NETWORKS | BASE | {'audit', 'reid', 'train'},
     '__init__': METHOD | {'models', 'task', 'version'},
     '__main__': {'cli'},

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from networks import make_batch, make_model
+from study.task import StudyTask
 from timm.task import TrainingTask
 
 from dreal_timm import DrealTask
@@ -63,7 +64,8 @@ def _training_worker(rank: int, port: int, path: str, probe: str, options: dict)
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=2)
-    task = DrealTask(make_model('cbam'), verbose=False, input_size=(3, 48, 48), rotate='step', probe=probe, **options)
+    kind = StudyTask if options else DrealTask
+    task = kind(make_model('cbam'), verbose=False, input_size=(3, 48, 48), rotate='step', probe=probe, **options)
     task.prepare_distributed()
     module = task.get_trainable_module()
     module.train()

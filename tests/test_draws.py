@@ -10,7 +10,7 @@ from timm.layers.squeeze_excite import SEModule
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.probes.counterfactual import PROBES
+from dreal_timm.probes.table import PROBES
 from dreal_timm.replay.random_masks import Draws, Rows, is_masking, record_draws, replay_draws, rng_state
 
 CPU = torch.device('cpu')

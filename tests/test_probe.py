@@ -12,12 +12,13 @@ from dreal_timm import DrealTask
 from dreal_timm.attention.capture import keep_inputs
 from dreal_timm.attention.sites import find_sites, group_sites
 from dreal_timm.layers import SrmModule
-from dreal_timm.probes.counterfactual import PROBES
 from dreal_timm.probes.entry_points import trace_flow
-from dreal_timm.probes.passes import Judged, log_probabilities
+from dreal_timm.probes.passes import RecordedPass, log_probabilities
 from dreal_timm.probes.passes import counterfactual as counterfactual_logits
+from dreal_timm.probes.table import PROBES
 from dreal_timm.replay.batch_norms import _join_stats, check_probeable, record_norms
 from dreal_timm.replay.random_masks import Draws, record_draws, rng_state
+from dreal_timm.reward import RewardRule
 
 MODES = ('batch_norm', 'frozen_batch_norm', 'group_norm')
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -43,7 +44,7 @@ def judge(model, input, seed=11, kept=(), graph=False):
     with record_norms(model) as norms, record_draws(model, input.device, functional=True) as draws, \
             keep_inputs(model, kept) as inputs:
         logits = model(input)
-    judged, log_probs = Judged(input, norms, draws, inputs), log_probabilities(logits.detach())
+    judged, log_probs = RecordedPass(input, norms, draws, inputs), log_probabilities(logits.detach())
     return (judged, log_probs, logits) if graph else (judged, log_probs)
 
 
@@ -136,7 +137,8 @@ def test_null_probe_needs_the_replay():
     # statistics of other images, as a pass with a shifted batch would have
     moved = {name: [(mean + 0.1, var) for mean, var in pairs] for name, pairs in judged.norms.items()}
     now = rng_state(torch.device('cpu'))
-    for other in (Judged(judged.input, moved, judged.draws), Judged(judged.input, judged.norms, Draws(now))):
+    for other in (
+            RecordedPass(judged.input, moved, judged.draws), RecordedPass(judged.input, judged.norms, Draws(now))):
         assert (counterfactual(model, other, []) - log_probs).abs().max() > 1e-3
 
 
@@ -186,14 +188,14 @@ def test_a_probe_leaves_no_trace(attention, mode, probe):
     input, target = make_batch()
     sites = find_sites(model, (3, 64, 64))
     groups = group_sites(sites)
-    probe = PROBES[probe](groups, trace_flow(model, sites, (3, 64, 64)))
+    probe = PROBES[probe](groups, RewardRule(), trace_flow(model, sites, (3, 64, 64)))
     sites = probe.sites([0] * len(groups))
-    judged, _, logits = judge(model, input, kept=probe.kept(sites), graph=True)
+    judged, _, logits = judge(model, input, kept=probe.inputs_to_save(sites), graph=True)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     before = everything(model)
     right = torch.arange(8) % 2 == 0
-    probe(model, judged, target, right, sites, 0)
+    probe.bypassed_log_probability(model, judged, target, right, sites, 0)
     assert_unchanged(before, everything(model))
     logits.sum().backward()
 

@@ -18,13 +18,14 @@ from dreal_timm import DrealTask
 from dreal_timm.attention.capture import keep_inputs
 from dreal_timm.attention.readers import READERS
 from dreal_timm.attention.sites import Group, Site, find_sites, group_sites
-from dreal_timm.probes.counterfactual import PROBES, SplitProbe
 from dreal_timm.probes.entry_points import Flow, trace_flow
-from dreal_timm.probes.passes import Entry, Judged, class_log_probability, counterfactual, travel
+from dreal_timm.probes.passes import Entry, RecordedPass, class_log_probability, counterfactual, travel
 from dreal_timm.probes.restart import select
+from dreal_timm.probes.split import SplitProbe
+from dreal_timm.probes.table import PROBES
 from dreal_timm.replay.batch_norms import record_norms
 from dreal_timm.replay.random_masks import Draws, record_draws, rng_state
-from dreal_timm.reward import reward
+from dreal_timm.reward import RewardRule, reward
 
 TOLERANCE = dict(rtol=0, atol=1e-9)
 TARGET = torch.tensor([4, 0, 6, 2, 3, 1, 5, 0, 3])
@@ -86,7 +87,7 @@ class Case:
     sites: list[Site]
     groups: list[Group]
     flow: Flow
-    judged: Judged
+    recorded: RecordedPass
     logits: torch.Tensor
     full: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -109,9 +110,9 @@ def study(model, batch=4, size=32, graph=False, whole=True):
             torch.set_grad_enabled(graph):
         logits = model(input)
     draws.after = rng_state(input.device)
-    case = Case(model, input, sites, group_sites(sites), flow, Judged(input, norms, draws, inputs), logits)
+    case = Case(model, input, sites, group_sites(sites), flow, RecordedPass(input, norms, draws, inputs), logits)
     if whole:
-        case.full = {site.name: counterfactual(model, case.judged, [site]) for site in sites}
+        case.full = {site.name: counterfactual(model, case.recorded, [site]) for site in sites}
     return case
 
 
@@ -124,15 +125,15 @@ def enter(case, restarts, rows):
     """Logits of rows that enter at one site after another, and what whole passes say of them."""
     entries = [Entry(restart, part) for restart, part in zip(restarts, rows, strict=True)]
     expected = [case.full[entry.restart.site.name][entry.rows] for entry in entries]
-    return travel(case.model, case.judged, entries), torch.cat(expected)
+    return travel(case.model, case.recorded, entries), torch.cat(expected)
 
 
 def ask(case, probe, right, step=0, index=-1):
     """Answers of a probe for one site of each group, with NaN where there is none, and those of whole passes."""
-    probe = PROBES[probe](case.groups, case.flow, seed=3)
+    probe = PROBES[probe](case.groups, RewardRule(), case.flow, seed=3)
     sites = probe.sites([index % len(group.sites) for group in case.groups])
     target = TARGET[:len(right)]
-    answer = probe(case.model, case.judged, target, right, sites, step)
+    answer = probe.bypassed_log_probability(case.model, case.recorded, target, right, sites, step)
     expected = torch.stack([class_log_probability(case.full[site.name], target) for site in sites], dim=1)
     if isinstance(probe, SplitProbe):
         own = probe.assignment(len(right), step)[:, None] == torch.arange(len(sites))
@@ -169,7 +170,7 @@ def test_where_passes_of_a_network_can_begin(name, case):
     assert len(case.restarts) == len(case.sites)
     assert sum(restart.inputs[-1] != restart.site.name for restart in case.restarts) == in_front
     assert case.flow.functional == functional and case.flow.per_sample
-    assert not case.judged.whole and not case.judged.draws.none
+    assert not case.recorded.whole and not case.recorded.draws.none
     for restart in case.restarts:
         assert restart.join == restart.inputs[0]
         assert all(f'{restart.site.name}.'.startswith(f'{name}.') for name in restart.inputs)
@@ -187,7 +188,7 @@ def test_every_map_of_a_network_has_an_effect(case):
 def test_a_pass_from_the_site_is_the_whole_pass(case):
     """A pass that begins at a site has the logits of the whole counterfactual pass."""
     for restart in case.restarts:
-        logits = travel(case.model, case.judged, [Entry(restart, None)])
+        logits = travel(case.model, case.recorded, [Entry(restart, None)])
         torch.testing.assert_close(logits, case.full[restart.site.name], **TOLERANCE)
 
 
@@ -197,7 +198,7 @@ def test_a_pass_of_some_rows(case):
         logits, expected = enter(case, [restart], [some(4, index)])
         torch.testing.assert_close(logits, expected, **TOLERANCE)
     site, rows = case.sites[len(case.sites) // 2], torch.tensor([3, 0])
-    logits = counterfactual(case.model, case.judged, [site], rows=rows)
+    logits = counterfactual(case.model, case.recorded, [site], rows=rows)
     torch.testing.assert_close(logits, case.full[site.name][rows], **TOLERANCE)
 
 
@@ -213,14 +214,14 @@ def test_a_pass_from_the_block_is_the_whole_pass(case):
 
 def test_the_null_pass_from_the_site_is_the_judged_pass(case):
     """A pass that begins at a site and bypasses nothing has the logits of the judged pass."""
-    torch.testing.assert_close(counterfactual(case.model, case.judged, []), case.logits, **TOLERANCE)
+    torch.testing.assert_close(counterfactual(case.model, case.recorded, []), case.logits, **TOLERANCE)
     rows = [some(4, index) for index in range(len(case.restarts))]
     for restart, part in list(zip(case.restarts, rows, strict=True))[::3]:
         for begin in (restart, restart.within()):
-            logits = travel(case.model, case.judged, [Entry(begin, part)], null=True)
+            logits = travel(case.model, case.recorded, [Entry(begin, part)], null=True)
             torch.testing.assert_close(logits, case.logits[part], **TOLERANCE)
     entries = [Entry(restart, part) for restart, part in zip(case.restarts, rows, strict=True)]
-    logits = travel(case.model, case.judged, entries, null=True)
+    logits = travel(case.model, case.recorded, entries, null=True)
     torch.testing.assert_close(logits, case.logits[torch.cat(rows)], **TOLERANCE)
 
 
@@ -272,9 +273,9 @@ def test_a_pass_from_the_site_runs_nothing_before_it(attention, monkeypatch):
     for begin in ('site', 'block', 'image'):
         ran.clear()
         if begin == 'image':
-            counterfactual(case.model, case.judged, [site])
+            counterfactual(case.model, case.recorded, [site])
         else:
-            travel(case.model, case.judged, [Entry(restart if begin == 'site' else restart.within(), None)])
+            travel(case.model, case.recorded, [Entry(restart if begin == 'site' else restart.within(), None)])
         seen[begin] = set(ran)
     before = {name for name in seen['image'] if name < block}
     assert 'layer2.0.conv1' in before
@@ -859,12 +860,12 @@ def test_networks_by_hand(body, monkeypatch):
     case = study(make_net(build), batch=5, size=16, graph=graph)
     begins = {name: restart and restart.inputs for name, restart in case.flow.restarts.items()}
     assert begins == begins | {'first.se': ('first', 'first.se')} | expected
-    torch.testing.assert_close(counterfactual(case.model, case.judged, []), case.logits.detach(), **TOLERANCE)
+    torch.testing.assert_close(counterfactual(case.model, case.recorded, []), case.logits.detach(), **TOLERANCE)
     assert_probes(case)
-    if not case.judged.whole:
+    if not case.recorded.whole:
         for restart in case.restarts:
             for rows in (None, torch.tensor([4, 1]), None):
-                logits = travel(case.model, case.judged, [Entry(restart.within(), rows)])
+                logits = travel(case.model, case.recorded, [Entry(restart.within(), rows)])
                 torch.testing.assert_close(logits, select(case.full[restart.site.name], rows), **TOLERANCE)
     if graph:
         case.logits.sum().backward()  # nothing that it needs has been overwritten
@@ -876,11 +877,11 @@ def test_networks_by_hand(body, monkeypatch):
 def test_passes_through_the_whole_network_are_told_once(probe, body, reason, caplog):
     """The log says once why passes run through the whole network, and nothing where they do not."""
     case = study(make_net(BODIES[body][0]), batch=5, size=16, whole=False)
-    probe_ = PROBES[probe](case.groups, case.flow)
+    probe_ = PROBES[probe](case.groups, RewardRule(), case.flow)
     sites = probe_.sites([0] * len(case.groups))
     with caplog.at_level('INFO'):
         for step in range(4):
-            probe_(case.model, case.judged, TARGET[:5], which('all', 5), sites, step)
+            probe_.bypassed_log_probability(case.model, case.recorded, TARGET[:5], which('all', 5), sites, step)
     said = [record.message for record in caplog.records if 'through the whole network' in record.message]
     told = reason and (body, probe) != ('nested', 'exact')  # which enters one site at a time
     assert len(said) == bool(told)
@@ -892,7 +893,7 @@ def test_passes_through_the_whole_network_are_told_once(probe, body, reason, cap
 
 def split_probe(groups=4, seed=0):
     sites = [Group(str(index), str(index), 'channel', (8,), ()) for index in range(groups)]
-    return SplitProbe(sites, Flow({}, False, True), seed=seed)
+    return SplitProbe(sites, RewardRule(), Flow({}, False, True), seed=seed)
 
 
 @pytest.mark.parametrize(('batch', 'groups'), [(8, 4), (7, 4), (10, 3), (2, 5), (1, 3), (6, 1)])
@@ -984,7 +985,7 @@ def test_float32_under_autocast_of_the_split_probe(body, dropout):
     results = []
     for dtype, low in ((None, False), ('float32', True), (None, True)):
         task = DrealTask(copy.deepcopy(model), probe_dtype=dtype, **options)
-        assert None not in task.measure.probe.flow.restarts.values()
+        assert None not in task.probe.flow.restarts.values()
         torch.manual_seed(11)
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=low):
             results.append(task(input, target))

@@ -157,7 +157,7 @@ def test_change_and_reward_equal_the_oracle(attention, mode):
     clip = expected[:2].abs().quantile(0.75).item()  # so that some are clipped
     task = make_task(model, gamma=clip / 2, reward_clip=clip)
     step(task, input, target)
-    change = task.measure.pending.change()
+    change = task.probe.pending.change()
     result = step(task, input, target)
     assert sorted(result['probed']) == sorted(names)
     expected = expected[:, [names.index(name) for name in result['probed']]]
@@ -188,7 +188,7 @@ def test_estimate_is_the_limit_of_small_changes(attention):
     twin = copy.deepcopy(model)
     task = make_task(model)
     step(task, input, target)
-    change = task.measure.pending.change()
+    change = task.probe.pending.change()
     names = step(task, input, target)['probed']
     errors = []
     with torch.no_grad():
@@ -299,7 +299,7 @@ def test_critic_learns_one_step_later(attention):
     for handle in handles:
         handle.remove()
     judged = copy.deepcopy(model)
-    change = task.measure.pending.change()
+    change = task.probe.pending.change()
     number = len(sites_by_hand(model))
     for name in ('reward', 'quality'):
         assert first[name].shape == (4, number)
@@ -413,7 +413,7 @@ def test_frozen_backbone():
         parameter.requires_grad = 'layer4.0.se' in name
     task = make_task(model)
     step(task, input, target)
-    change = task.measure.pending.change()
+    change = task.probe.pending.change()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     names = step(task, input, target)['probed']
     torch.testing.assert_close(change, first_order(model, input, log_p(target), names), rtol=1e-5, atol=1e-6)
@@ -475,7 +475,7 @@ def test_gradient_of_one_sample_that_is_not_finite(where, index, value):
     step(task, input, target)
     handle.remove()
     if where == 'layer4.0.se':  # a single element of the map's gradient: the sum is infinite, not NaN
-        assert task.measure.pending.taps[task.groups[-1].name].grad[1].isinf().sum() == 1
+        assert task.probe.pending.taps[task.groups[-1].name].grad[1].isinf().sum() == 1
     result = step(task, input, target)
     lost = torch.zeros_like(expected, dtype=torch.bool)
     lost[1] = torch.tensor([where != 'layer3' or not name.startswith('layer4') for name in result['probed']])
@@ -552,7 +552,7 @@ def test_pending_batch_is_not_saved():
     step(task, *make_batch())
     task.zero_grad(set_to_none=True)
     task.update_ema(step=1)
-    pending = task.measure.pending
+    pending = task.probe.pending
     assert written([pending.states, pending.maps]) > 5000
     after = everything()
     assert before[1:] == after[1:]
@@ -607,7 +607,7 @@ def test_losses_that_need_another_target(kwargs):
     """A loss that is no plain cross-entropy is refused with the ways out, of which taylor_target='loss' is one."""
     with pytest.raises(ValueError, match=r"'exact'.*'split'.*taylor_target='loss'"):
         make_task(make_model(), **kwargs)
-    assert make_task(make_model(), **kwargs, taylor_target='loss').measure.target == 'loss'
+    assert make_task(make_model(), **kwargs, taylor_target='loss').probe.target == 'loss'
 
 
 class _Subclass(nn.CrossEntropyLoss):
@@ -628,7 +628,7 @@ def test_losses_that_are_refused(criterion, taylor_target):
 
 
 @pytest.mark.parametrize(('kwargs', 'message'), [
-    (dict(taylor_target='log_probability'), "None or 'loss'"), (dict(taylor_target=True), "None or 'loss'"),
+    (dict(taylor_target='log_probability'), "'loss', None"), (dict(taylor_target=True), 'taylor_target'),
     (dict(taylor_target='loss', probe='exact'), "'taylor'.*'exact'"),
     (dict(taylor_target='loss', probe='split'), "'taylor'.*'split'"),
     (dict(probe_dtype='float32'), 'probe_dtype'), (dict(probe_every=0), 'probe_every'),
@@ -838,7 +838,7 @@ def test_images_of_other_sizes(built):
         input, _ = make_batch(4, size, dtype=torch.float64)
         target = correct_targets(model, input, seed=11)
         step(task, input, target)
-        change = task.measure.pending.change()
+        change = task.probe.pending.change()
         result = step(task, input, target)
         expected = first_order(model, input, log_p(target), result['probed'], coupled=True)
         torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from dreal_timm.attention.sites import attention_parameters
-from dreal_timm.probes.passes import Entry, Judged, class_log_probability, counterfactual, travel
+from dreal_timm.probes.passes import Entry, RecordedPass, class_log_probability, counterfactual, travel
 from dreal_timm.replay.random_masks import rng_state
 from gpu_parts.case import SEED, Case, gradients_of, largest, length
 from gpu_parts.record import Record
@@ -108,16 +108,17 @@ def null_errors(case: Case, task: Any) -> torch.Tensor:
     """
     errors = []
 
-    def on_rewards(trainable: Any, judged: Judged, output: torch.Tensor, target: torch.Tensor, sites: list) -> None:
-        model, probe = trainable.model, task.measure.probe
+    def on_rewards(
+            trainable: Any, recorded: RecordedPass, output: torch.Tensor, target: torch.Tensor, sites: list) -> None:
+        model, probe = trainable.model, task.probe
         expected = class_log_probability(output, target)
-        restarts = [probe.restart(judged, site) for site in sites]
-        logits = [counterfactual(model, judged, [])]
-        logits += [travel(model, judged, [Entry(restart, None)], null=True) for restart in restarts]
+        restarts = [probe.restart(recorded, site) for site in sites]
+        logits = [counterfactual(model, recorded, [])]
+        logits += [travel(model, recorded, [Entry(restart, None)], null=True) for restart in restarts]
         errors.append(torch.stack([class_log_probability(each, target) - expected for each in logits]))
         raise StopIteration
 
-    with mock.patch.object(task.measure, '_rewards', on_rewards), suppress(StopIteration):
+    with mock.patch.object(task.probe, 'rewards', on_rewards), suppress(StopIteration):
         case.step(task)
     return errors[0]
 

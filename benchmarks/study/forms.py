@@ -4,7 +4,7 @@ A name is FORM, FORM/shuffled or FORM/random; FORM@1 (FORM@1/shuffled) leaves L_
 ClassificationTask; `twice` is that with twice the gradient at the attention parameters, a push as long as that of
 `direct-log-full` without any reward; `cal` is the counterfactual loss of `Counterfactual Attention Learning for
 Fine-Grained Visual Categorization and Re-identification` (ICCV 2021) - https://arxiv.org/abs/2108.08728, the nearest
-competitor. All others are options of `DrealTask`; those of the paper are `literal`.
+competitor. All others are options of `StudyTask`; those of the paper are `literal`.
 """
 from contextlib import ExitStack
 from typing import Any
@@ -13,13 +13,13 @@ import torch
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
-from dreal_timm import DrealTask, find_sites
+from dreal_timm import find_sites
 from dreal_timm.attention.gates import on_map
 from dreal_timm.attention.sites import attention_parameters, site_reader
-from dreal_timm.probes.base import Measure, Measured
-from dreal_timm.probes.taylor import TaylorMeasure
+from dreal_timm.probes.base import Probe, Rewards
 from dreal_timm.replay.overrides import scratch_buffers
 from study import fashion
+from study.task import StudyTask, StudyTaylorProbe
 
 _TAYLOR: dict[str, Any] = dict(actor_weight=1.0, probe='taylor')
 _EXACT: dict[str, Any] = dict(actor_weight=1.0, probe='exact', rotate='epoch')
@@ -56,20 +56,20 @@ FORMS: dict[str, dict[str, Any]] = {
     'direct-log-share': dict(_TAYLOR, actor='direct', actor_share=0.3, wrong_samples='measure', reward_form='log'),
     'direct-log-full': dict(_TAYLOR, actor='direct', actor_share=1.0, wrong_samples='measure', reward_form='log'),
 }
-BESIDE = ('plain', 'twice', 'cal')  # that are no options of DrealTask
+BESIDE = ('plain', 'twice', 'cal')  # that are no options of StudyTask
 CONTROLS = ('shuffled', 'random')
 
 
-class Control(Measure):
-    """The rewards of another measure without what they say of each image, each site by itself; their mean stays.
+class Control(Probe):
+    """The rewards of another probe without what they say of each image, each site by itself; their mean stays.
 
     'shuffled' permutes them among the samples of the batch that have one; 'random' draws normal numbers of the same
     mean and standard deviation. Of the direct actor, which needs gradients, it is those that are permuted or drawn.
     """
 
-    def __init__(self, measure: Measure, kind: str, seed: int):
-        super().__init__(measure.rule, measure.ignored)
-        self.inner = measure
+    def __init__(self, probe: Probe, kind: str, seed: int):
+        super().__init__(probe.groups, probe.rule, probe.ignored)
+        self.inner = probe
         self.kind = kind
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -81,23 +81,27 @@ class Control(Measure):
         return noise * values.std(0, correction=0) + values.mean(0)
 
     def __call__(self, call: nn.Module, trainable: Any, input: torch.Tensor, target: torch.Tensor) -> Any:
-        if isinstance(self.inner, TaylorMeasure) and self.inner.direct and self.inner.pending is not None:
+        if isinstance(self.inner, StudyTaylorProbe) and self.inner.direct and self.inner.pending is not None:
             for tap in self.inner.pending.taps.values():
                 if tap.grad is not None:
                     tap.grad = torch.stack([self._blind(one) for one in tap.grad.unbind(1)], dim=1)
-        judged, measured = self.inner(call, trainable, input, target)
-        rewards = measured.reward.clone()
-        for column in rewards.unbind(1):
+        judged, rewards = self.inner(call, trainable, input, target)
+        values = rewards.values.clone()
+        for column in values.unbind(1):
             known = ~column.isnan()
             if known.any():
                 column[known] = self._blind(column[known])
-        return judged, Measured(measured.sites, rewards, measured.right)
+        return judged, Rewards(rewards.sites, values, rewards.right)
 
     def watch(self, loss: torch.Tensor) -> None:
         self.inner.watch(loss)
 
-    def forget(self) -> None:
-        self.inner.forget()
+    def reset(self) -> None:
+        self.inner.reset()
+
+    @classmethod
+    def build(cls, *args: Any) -> 'Control':
+        raise TypeError('A control is made of a probe.')
 
 
 class CounterfactualTask(ClassificationTask):
@@ -177,7 +181,7 @@ def make_task(
     if form == 'twice':
         return TwiceTask(model, device=device, verbose=False, **given)
     options = {**FORMS[form], **options, **({} if weight is None else {'actor_weight': weight})}
-    task = DrealTask(model, device=device, verbose=False, input_size=fashion.SIZE, seed=seed, **options)
+    task = StudyTask(model, device=device, verbose=False, input_size=fashion.SIZE, seed=seed, **options)
     if control:
-        task.measure = Control(task.measure, control, seed)
+        task.probe = Control(task.probe, control, seed)
     return task

@@ -15,7 +15,7 @@ from dreal_timm.attention.gates import on_map
 from dreal_timm.attention.readers import MapReader, map_size, readers_of
 from dreal_timm.replay.overrides import module_flags, weights_on_meta
 
-__all__ = ['Group', 'Site', 'attention_parameters', 'find_sites', 'group_sites', 'on_meta', 'site_reader']
+__all__ = ['Group', 'Site', 'attention_parameters', 'find_sites', 'group_sites', 'on_meta', 'site_reader', 'sites_of']
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Group:
     def judged_size(self) -> tuple[int, ...]:
         """Size of the maps that the critic reads: (H, W) of spatial maps, else (C,), averaged over what follows."""
         return self.size if self.kind == 'spatial' else self.size[:1]
+
+
+def sites_of(groups: Sequence[Group]) -> list[Site]:
+    """Return the sites of all groups, group after group: the columns of what the critics return."""
+    return [site for group in groups for site in group.sites]
 
 
 def site_reader(model: nn.Module, site: Site) -> tuple[nn.Module, MapReader]:

@@ -4,25 +4,23 @@ Shape letters: B batch, K classes, L sites.
 """
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from dreal_timm.attention.capture import Reading, keep_inputs, nudge, record, replace
+from dreal_timm.attention.capture import Reading, judged_pass, nudge, replace, stack_readings
 from dreal_timm.attention.readers import without_sites
 from dreal_timm.attention.sites import Group, Site, find_sites, group_sites
 from dreal_timm.critic import Critic
 from dreal_timm.errors import nearest
 from dreal_timm.probes.entry_points import trace_flow
-from dreal_timm.probes.passes import Entry, Judged, class_log_probability, counterfactual, travel
-from dreal_timm.replay.batch_norms import record_norms
+from dreal_timm.probes.passes import Entry, RecordedPass, class_log_probability, counterfactual, travel
 from dreal_timm.replay.overrides import module_flags
 from dreal_timm.replay.random_masks import Draws, rng_state
 from dreal_timm.reward import is_correct
-from dreal_timm.trainable import stack_readings
 
 __all__ = ['Answer', 'Auditor', 'Seen', 'check_network']
 
@@ -49,13 +47,13 @@ class Seen:
         answer: Its answer.
         maps: Map of each site, by its name, in the shape that its gate gives it.
         quality: The critic's judgement of each map, (B, L); None without a critic.
-        judged: What other passes over the batch share with this one.
+        recorded: What other passes over the batch share with this one.
         target: Class indices, (B,).
     """
     answer: Answer
     maps: Mapping[str, torch.Tensor]
     quality: torch.Tensor | None
-    judged: Judged
+    recorded: RecordedPass
     target: torch.Tensor
 
 
@@ -122,24 +120,22 @@ class Auditor:
         needed = {name for restart in self.restarts.values() if restart is not None for name in restart.inputs}
         watched = self.sites if self.critic is None else [site for group in self.groups for site in group.sites]
         draws = Draws(rng_state(images.device))
-        with self._evaluating(), ExitStack() as stack:
-            readings = stack.enter_context(record(self.model, watched))
-            norms = stack.enter_context(record_norms(self.model))
-            kept = stack.enter_context(keep_inputs(self.model, sorted(needed)))
-            logits = self.model(images)
+        with self._evaluating():
+            judged = judged_pass(self.model, watched, images, replay=True, saved=sorted(needed))
+            logits = judged.output
             if not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
                 raise ValueError(
                     f'Class indices lie from {int(target.min())} to {int(target.max())}, but the network has '
                     f'{logits.shape[1]} classes.')
             if not logits.isfinite().all():
                 raise ValueError('The network gives logits that are no numbers: it cannot be audited.')
-            quality = self._judge(readings)
+            quality = self._judge(judged.readings)
         draws.after = rng_state(images.device)
-        judged = Judged(images, norms, draws, kept)
+        recorded = RecordedPass(images, judged.norms, draws, judged.inputs)
         if not self._tried:
-            self._try(judged, logits, target)
-        maps = {site.name: readings[site.name].attention for site in self.sites}
-        return Seen(_answer(logits, target), maps, quality, judged, target)
+            self._try(recorded, logits, target)
+        maps = {site.name: judged.readings[site.name].attention for site in self.sites}
+        return Seen(_answer(logits, target), maps, quality, recorded, target)
 
     def without(self, seen: Seen, constants: Mapping[str, torch.Tensor] | None = None) -> Answer:
         """Run the network again for each site, with its map replaced.
@@ -165,20 +161,25 @@ class Auditor:
     def _answers(self, seen: Seen, changing: Callable[[Site], AbstractContextManager[None] | None]) -> Answer:
         with self._evaluating():
             answers = [
-                _answer(self._logits(seen.judged, site, changing(site)), seen.target) for site in self.sites
+                _answer(self._logits(seen.recorded, site, changing(site)), seen.target) for site in self.sites
             ]
         return Answer(
             torch.stack([answer.log_p for answer in answers], dim=1),
             torch.stack([answer.right for answer in answers], dim=1),
         )
 
-    def _logits(self, judged: Judged, site: Site, changing: AbstractContextManager[None] | None) -> torch.Tensor:
+    def _logits(
+            self,
+            recorded: RecordedPass,
+            site: Site,
+            changing: AbstractContextManager[None] | None,
+    ) -> torch.Tensor:
         """Logits with the map of a site changed by a context, or else replaced by its mean."""
-        restart = None if judged.whole else self.restarts[site.name]
+        restart = None if recorded.whole else self.restarts[site.name]
         with changing or nullcontext():
             if restart is None:
-                return counterfactual(self.model, judged, [] if changing else [site])
-            return travel(self.model, judged, [Entry(restart, None)], null=changing is not None)
+                return counterfactual(self.model, recorded, [] if changing else [site])
+            return travel(self.model, recorded, [Entry(restart, None)], null=changing is not None)
 
     def _judge(self, readings: Mapping[str, Reading]) -> torch.Tensor | None:
         if self.critic is None:
@@ -188,16 +189,16 @@ class Auditor:
         order = [site.name for group in self.groups for site in group.sites]
         return quality[:, [order.index(site.name) for site in self.sites]]
 
-    def _try(self, judged: Judged, logits: torch.Tensor, target: torch.Tensor) -> None:
+    def _try(self, recorded: RecordedPass, logits: torch.Tensor, target: torch.Tensor) -> None:
         """Let passes of a site begin with the images where those that begin in the middle say something else."""
         self._tried = True
         rows = torch.arange(min(2, len(target)), device=logits.device)
         expected = logits[rows].log_softmax(dim=1)
         with self._evaluating():
             for name, restart in self.restarts.items():
-                if restart is None or judged.whole:
+                if restart is None or recorded.whole:
                     continue
-                again = travel(self.model, judged, [Entry(restart, rows)], null=True).log_softmax(dim=1)
+                again = travel(self.model, recorded, [Entry(restart, rows)], null=True).log_softmax(dim=1)
                 if not torch.allclose(again, expected, rtol=1e-3, atol=1e-3):
                     self.restarts[name] = None
         stuck = [name for name, restart in self.restarts.items() if restart is None]

@@ -76,7 +76,6 @@ def load_critic(checkpoint: str | Path, groups: Sequence[Group], model: nn.Modul
             cell=next(cell for cell in CELLS if {'lstm': 4, 'gru': 3}[cell] == gates),
             hidden_size=hidden,
             depth=sum('weight_hh' in key for key in rnn),
-            standardized=f'{names[0]}.standardized' in state,
         )
         critic.load_state_dict(state)
     except RuntimeError as error:

@@ -1,14 +1,13 @@
-"""Probes: what would the network have predicted with an attention map replaced by its mean? (Eq. 1, Algorithm 1 l. 8)
+"""Probes by counterfactual passes: what would the network have predicted with a map replaced by its mean? (Eq. 1)
 
-A probe answers with the log-probability of the true class, by counterfactual passes that serve only the samples whose
-reward depends on it.
+The passes serve only the samples whose reward depends on them.
 
 Shape letters: B batch, K classes, G groups, P probed sites.
 """
 import logging
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,39 +16,131 @@ import torch
 from torch import nn
 
 from dreal_timm.attention.capture import keep_inputs
-from dreal_timm.attention.sites import Group, Site
-from dreal_timm.probes.entry_points import Flow
-from dreal_timm.probes.passes import Entry, Judged, class_log_probability, counterfactual, log_probabilities, travel
-from dreal_timm.probes.restart import Restart, select
-from dreal_timm.utils.transfer import to_device
+from dreal_timm.attention.sites import Group, Site, group_sites
+from dreal_timm.config import DrealConfig
+from dreal_timm.probes.base import Probe, Rewards
+from dreal_timm.probes.entry_points import Flow, trace_flow
+from dreal_timm.probes.passes import RecordedPass, counterfactual, log_probabilities, null_noise
+from dreal_timm.probes.restart import Restart
+from dreal_timm.replay.random_masks import Draws, record_draws, rng_state
+from dreal_timm.reward import RewardRule, is_correct
+from dreal_timm.trainable import DrealTrainableModule, Judgement
 
-__all__ = ['PROBES', 'ExactProbe', 'Probe', 'SplitProbe']
+__all__ = ['CounterfactualProbe']
 
 _logger = logging.getLogger(__name__)
 
 
-def _nested(restarts: Sequence[Restart]) -> bool:
-    """Whether one pass enters a module that another is in the middle of."""
-    joins = {restart.join for restart in restarts}
-    return any(a.startswith(f'{b}.') for a in joins for b in joins)
-
-
-class Probe(ABC):
-    """What every probe does: say which sites it judges in a step, and what the true class would have been given.
+class CounterfactualProbe(Probe):
+    """Measure rewards by running the network again with maps bypassed.
 
     Args:
         groups: Groups of attention sites.
+        rule: How a reward is made of a change of log-probability.
         flow: Where passes can begin, from `trace_flow`.
         dtype: torch.float32 measures in float32, reference included, with autocast off. None keeps the autocast.
         seed: Seed of what the probe itself draws.
+        ignored: Label of samples that have no class.
     """
 
-    def __init__(self, groups: Sequence[Group], flow: Flow, dtype: torch.dtype | None = None, seed: int = 0):
-        self.groups = list(groups)
+    def __init__(
+            self,
+            groups: Sequence[Group],
+            rule: RewardRule,
+            flow: Flow,
+            dtype: torch.dtype | None = None,
+            seed: int = 0,
+            ignored: int | None = None,
+    ):
+        super().__init__(groups, rule, ignored)
         self.flow = flow
         self.dtype = dtype
         self.seed = seed
-        self._told = False
+        self._fallback_logged = False
+        self._noise_logged = False
+
+    @classmethod
+    def build(
+            cls,
+            config: DrealConfig,
+            model: nn.Module,
+            sites: Sequence[Site],
+            criterion: nn.Module | Callable,
+            rule: RewardRule,
+            input_size: Sequence[int],
+    ) -> 'CounterfactualProbe':
+        dtype = None if config.probe_dtype is None else torch.float32
+        flow = trace_flow(model, sites, input_size)
+        return cls(group_sites(sites), rule, flow, dtype, config.seed or 0, getattr(criterion, 'ignore_index', None))
+
+    def __call__(
+            self,
+            call: nn.Module,
+            trainable: DrealTrainableModule,
+            input: torch.Tensor,
+            target: torch.Tensor,
+    ) -> tuple[Judgement, Rewards]:
+        sites = self.sites(trainable.rotation.draw())
+        if not trainable.rotation.due:
+            judged = call(input)
+            return judged, self.unmeasured(judged.output.detach(), target, sites)
+        saved = tuple(self.inputs_to_save(sites, all_blocks=self.compiled))
+        with self._recorded_draws(trainable.model, input.device) as draws:
+            judged = call(input, replay=True, saved=saved)
+        draws.after = rng_state(input.device)
+        recorded = RecordedPass(input, judged.norms, draws, judged.inputs)
+        return judged, self.rewards(trainable, recorded, judged.output.detach(), target, sites)
+
+    def _recorded_draws(self, model: nn.Module, device: torch.device) -> AbstractContextManager[Draws]:
+        # hooks that are set outside of a compiled module are not seen there: all that is known is whether it drew
+        if self.compiled or not self.flow.per_sample:
+            return nullcontext(Draws(rng_state(device)))
+        return record_draws(model, device, self.flow.functional)
+
+    @torch.no_grad()
+    def rewards(
+            self,
+            trainable: DrealTrainableModule,
+            recorded: RecordedPass,
+            output: torch.Tensor,
+            target: torch.Tensor,
+            sites: Sequence[Site],
+    ) -> Rewards:
+        """Measure the rewards of a judged pass.
+
+        Args:
+            trainable: The trainable module without its wrappers.
+            recorded: What the judged pass left.
+            output: Its logits, (B, K).
+            target: Class indices (B,), or soft targets (B, K).
+            sites: Sites to probe, one a column.
+        """
+        model = trainable.model
+        classes, known = self.classes(output, target)
+        log_probs = log_probabilities(output)
+        noise = None
+        if not self._noise_logged and self.dtype is None and output.dtype in (torch.float16, torch.bfloat16):
+            noise = null_noise(model, recorded, log_probs, classes, [self.restart(recorded, site) for site in sites])
+        with self.precision(recorded.input.device):
+            if self.dtype is not None:
+                log_probs, recorded = self.reference(model, recorded, sites)
+            right = is_correct(log_probs, classes)
+            bypassed = self.bypassed_log_probability(
+                model, recorded, classes, self.rule.measured(right), sites, trainable.rotation.step)
+        change = (bypassed - log_probs.gather(1, classes[:, None])).masked_fill(~known[:, None], math.nan)
+        rewards = self.rule(change, right, range(len(sites)))
+        if noise is not None:
+            self._log_noise(noise, rewards[known & right])
+        return Rewards(sites, rewards, right)
+
+    def _log_noise(self, noise: float, rewards: torch.Tensor) -> None:
+        self._noise_logged = True
+        rewards = rewards[~rewards.isnan()]
+        spread = rewards.std().item() if rewards.numel() > 1 else math.nan
+        _logger.info(
+            f'Low precision: a pass that changes nothing moves log p by {noise:.2g} (rms); the rewards of correctly '
+            f"classified samples have a standard deviation of {spread:.2g}. probe_dtype='float32' removes the noise."
+        )
 
     def sites(self, drawn: Sequence[int]) -> list[Site]:
         """Return the drawn site of each group, one a column of the answer.
@@ -59,17 +150,17 @@ class Probe(ABC):
         """
         return [group.sites[index] for group, index in zip(self.groups, drawn, strict=True)]
 
-    def kept(self, sites: Sequence[Site], every: bool = False) -> list[str]:
-        """Return the names of the modules whose inputs the judged pass must keep to probe these sites.
+    def inputs_to_save(self, sites: Sequence[Site], all_blocks: bool = False) -> list[str]:
+        """Return the names of the modules whose inputs the judged pass must save to probe these sites.
 
         Args:
             sites: Sites that were drawn.
-            every: Keep the inputs of the blocks of all sites, whichever are drawn, and nothing from inside of a block:
-                a compiled pass would be compiled anew for others, and keeps these for its backward pass anyway.
+            all_blocks: Save the inputs of the blocks of all sites, whichever are drawn, and nothing from inside of a
+                block: a compiled pass would be compiled anew for others, and saves these for its backward pass anyway.
         """
         if self.dtype is not None:
             return []
-        if every:
+        if all_blocks:
             return sorted({restart.join for restart in self.flow.restarts.values() if restart is not None})
         return sorted({name for site in sites for name in self._inputs(site)})
 
@@ -77,36 +168,41 @@ class Probe(ABC):
         restart = self.flow.restarts[site.name]
         return () if restart is None else restart.inputs
 
-    def restart(self, judged: Judged, site: Site) -> Restart | None:
-        """Return how passes begin at a site, or as near to it as inputs were kept; None: with the images."""
+    def restart(self, recorded: RecordedPass, site: Site) -> Restart | None:
+        """Return how passes begin at a site, or as near to it as inputs were saved; None: with the images."""
         restart = self.flow.restarts[site.name]
-        if restart is None or judged.whole or restart.join not in judged.kept:
+        if restart is None or recorded.whole or restart.join not in recorded.inputs:
             return None
-        return restart if all(name in judged.kept for name in restart.inputs) else restart.within()
+        return restart if all(name in recorded.inputs for name in restart.inputs) else restart.within()
 
-    def reference(self, model: nn.Module, judged: Judged, sites: Sequence[Site]) -> tuple[torch.Tensor, Judged]:
+    def reference(
+            self,
+            model: nn.Module,
+            recorded: RecordedPass,
+            sites: Sequence[Site],
+    ) -> tuple[torch.Tensor, RecordedPass]:
         """Repeat the judged pass in the probe's own precision, inside of `precision`.
 
         Returns:
             Log-probabilities (B, K), and what counterfactual passes in that precision begin from.
         """
-        judged = replace(judged, input=judged.input.to(self.dtype))
+        recorded = replace(recorded, input=recorded.input.to(self.dtype))
         names = {name for site in sites for name in self._inputs(site)}
-        with keep_inputs(model, sorted(names)) as kept:
-            logits = counterfactual(model, judged, [])
-        return log_probabilities(logits), replace(judged, kept=kept)
+        with keep_inputs(model, sorted(names)) as inputs:
+            logits = counterfactual(model, recorded, [])
+        return log_probabilities(logits), replace(recorded, inputs=inputs)
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return the context that the probe runs in."""
         return nullcontext() if self.dtype is None else torch.autocast(device.type, enabled=False)
 
-    def _tell(self, judged: Judged, sites: Sequence[Site]) -> None:
-        """Say once that passes cannot begin at the sites."""
-        if self._told:
+    def _log_fallback(self, recorded: RecordedPass, sites: Sequence[Site]) -> None:
+        """Log once that passes cannot begin at the sites."""
+        if self._fallback_logged:
             return
-        self._told = True
-        stuck = [site.name for site in sites if self.restart(judged, site) is None]
-        if judged.whole:
+        self._fallback_logged = True
+        stuck = [site.name for site in sites if self.restart(recorded, site) is None]
+        if recorded.whole:
             reason = 'random numbers were drawn that cannot be drawn again for a part of the batch or of the network'
         elif stuck:
             reason = f'what follows {stuck[0]} needs more than a block computed before it'
@@ -115,10 +211,10 @@ class Probe(ABC):
         _logger.info(f'Probe: counterfactual passes run through the whole network, since {reason}.')
 
     @abstractmethod
-    def __call__(
+    def bypassed_log_probability(
             self,
             model: nn.Module,
-            judged: Judged,
+            recorded: RecordedPass,
             target: torch.Tensor,
             right: torch.Tensor,
             sites: Sequence[Site],
@@ -130,103 +226,9 @@ class Probe(ABC):
 
         Args:
             model: The model itself, with no wrapper around it.
-            judged: What the judged pass left.
+            recorded: What the judged pass left.
             target: Class indices, (B,).
             right: Samples whose class wins or ties, (B,) bool.
             sites: Sites to probe, one a column.
             step: Number of the step.
         """
-
-
-class ExactProbe(Probe):
-    """One counterfactual pass for the drawn site of each group."""
-
-    def _rows(self, right: torch.Tensor) -> torch.Tensor | None:
-        """Samples to send through the network; None are all of them.
-
-        On an accelerator their number is a multiple of an eighth of the batch, so that kernels see few shapes; this
-        is the one place of a step that waits for the device.
-        """
-        batch, count = len(right), int(right.sum())
-        if right.device.type != 'cpu':
-            eighth = max(batch // 8, 1)
-            count = -(-count // eighth) * eighth
-        return None if count >= batch else right.to(torch.int8).argsort(descending=True, stable=True)[:count]
-
-    def __call__(
-            self,
-            model: nn.Module,
-            judged: Judged,
-            target: torch.Tensor,
-            right: torch.Tensor,
-            sites: Sequence[Site],
-            step: int,
-    ) -> torch.Tensor:
-        rows = None if judged.whole else self._rows(right)
-        if rows is not None and not len(rows):
-            return torch.zeros(len(target), len(sites), device=target.device)
-        columns = []
-        for site in sites:
-            restart = self.restart(judged, site)
-            if restart is None:
-                self._tell(judged, sites)
-                logits = counterfactual(model, judged, [site], rows=rows)
-            else:
-                logits = travel(model, judged, [Entry(restart, rows)])
-            log_p = class_log_probability(logits, select(target, rows))
-            columns.append(log_p if rows is None else log_p.new_zeros(len(target)).index_copy(0, rows, log_p))
-        return torch.stack(columns, dim=1)
-
-
-class SplitProbe(Probe):
-    """Each sample answers for one group, drawn anew every step; all samples travel as one growing batch.
-
-    Every sample is as likely to answer for one group as for another, and its answer is the exact one.
-    """
-
-    def assignment(self, batch: int, step: int) -> torch.Tensor:
-        """Return the index of the group that each sample answers for, (B,), on the CPU.
-
-        Groups get equally many samples, give or take one.
-        """
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
-        order = torch.randperm(batch, generator=generator)
-        groups = len(self.groups)
-        return (order + torch.randint(groups, (), generator=generator)) % groups
-
-    def __call__(
-            self,
-            model: nn.Module,
-            judged: Judged,
-            target: torch.Tensor,
-            right: torch.Tensor,
-            sites: Sequence[Site],
-            step: int,
-    ) -> torch.Tensor:
-        device = target.device
-        group = self.assignment(len(target), step)
-        # the number of samples that travel is known without a look at the device, except on the CPU
-        asked = right if device.type == 'cpu' else torch.ones_like(group, dtype=torch.bool)
-        depth = {name: index for index, name in enumerate(self.flow.restarts)}
-        columns = sorted(range(len(sites)), key=lambda column: depth[sites[column].name])
-        rows = {
-            column: to_device((asked & (group == column)).nonzero().squeeze(1), device) for column in columns}
-        columns = [column for column in columns if len(rows[column])]
-        restarts = [self.restart(judged, sites[column]) for column in columns]
-        found = [restart for restart in restarts if restart is not None]
-        on_device = to_device(group, device)
-        answer = torch.zeros(len(target), device=device)
-        if columns and (len(found) < len(restarts) or _nested(found)):
-            self._tell(judged, sites)
-            logits = counterfactual(model, judged, sites, [on_device == column for column in range(len(sites))])
-            answer = class_log_probability(logits, target)
-        elif columns:
-            entries = [Entry(restart, rows[column]) for restart, column in zip(found, columns, strict=True)]
-            travelled = torch.cat([rows[column] for column in columns])
-            log_p = class_log_probability(travel(model, judged, entries), target[travelled])
-            answer = log_p.new_zeros(len(target)).index_copy(0, travelled, log_p)
-        own = torch.arange(len(sites), device=device) == on_device[:, None]
-        return answer[:, None].where(own, torch.full((), math.nan, device=device, dtype=answer.dtype))
-
-
-PROBES: dict[str, type[Probe]] = {'exact': ExactProbe, 'split': SplitProbe}

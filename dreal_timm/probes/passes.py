@@ -23,23 +23,23 @@ from dreal_timm.replay.overrides import module_flags, replaced_forward, scratch_
 from dreal_timm.replay.random_masks import Draws, Rows, replay_draws, replay_rng
 
 __all__ = [
-    'Entry', 'Judged', 'class_log_probability', 'counterfactual', 'log_probabilities', 'null_noise', 'travel']
+    'Entry', 'RecordedPass', 'class_log_probability', 'counterfactual', 'log_probabilities', 'null_noise', 'travel']
 
 
 @dataclass(frozen=True)
-class Judged:
+class RecordedPass:
     """What a counterfactual pass must share with the judged pass.
 
     Attributes:
         input: Images, (B, C, H, W).
         norms: Mean and biased variance of each batch norm that used the batch's, by its name, one pair a call.
         draws: What random layers drew.
-        kept: Inputs of the modules where passes can begin, by their names.
+        inputs: Inputs of the modules where passes can begin, by their names.
     """
     input: torch.Tensor
     norms: Mapping[str, Sequence[Stats]]
     draws: Draws
-    kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -53,26 +53,26 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _as_judged(model: nn.Module, judged: Judged, rows: Rows) -> Iterator[None]:
+def _as_judged(model: nn.Module, recorded: RecordedPass, rows: Rows) -> Iterator[None]:
     """Let forward passes inside the context differ from the judged pass in nothing, and leave no trace."""
-    other = [m for name, m in model.named_modules() if m.training and m._buffers and name not in judged.norms]
+    other = [m for name, m in model.named_modules() if m.training and m._buffers and name not in recorded.norms]
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, _SpectralNorm):  # its vectors have moved on in the judged pass, once
                 stack.enter_context(module_flags(module, training=False))
         stack.enter_context(module_flags(model, grad_checkpointing=False))  # it would call stages past their modules
-        stack.enter_context(replay_rng(judged.draws.before, judged.input.device))
-        if not judged.whole:
-            stack.enter_context(replay_draws(model, judged.draws, rows))
+        stack.enter_context(replay_rng(recorded.draws.before, recorded.input.device))
+        if not recorded.whole:
+            stack.enter_context(replay_draws(model, recorded.draws, rows))
         stack.enter_context(scratch_buffers(other))
-        stack.enter_context(replay_norms(model, judged.norms))
+        stack.enter_context(replay_norms(model, recorded.norms))
         yield
 
 
 @torch.no_grad()
 def counterfactual(
         model: nn.Module,
-        judged: Judged,
+        recorded: RecordedPass,
         sites: Sequence[Site],
         bypassed: Sequence[torch.Tensor] | None = None,
         rows: torch.Tensor | None = None,
@@ -81,13 +81,13 @@ def counterfactual(
 
     Args:
         model: The model itself, with no wrapper around it, in the mode of the judged pass.
-        judged: What the judged pass left.
+        recorded: What the judged pass left.
         sites: Sites to bypass; none makes it the null probe, which repeats the judged pass.
         bypassed: For each site the samples for which it is bypassed, (B,) bool; None are all of them.
         rows: Indices of the samples to run; None are all of them.
     """
-    with _as_judged(model, judged, Rows(rows)), bypass(model, sites, bypassed):
-        return model(select(judged.input, rows))
+    with _as_judged(model, recorded, Rows(rows)), bypass(model, sites, bypassed):
+        return model(select(recorded.input, rows))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Entry:
 
 
 @torch.no_grad()
-def travel(model: nn.Module, judged: Judged, entries: Sequence[Entry], null: bool = False) -> torch.Tensor:
+def travel(model: nn.Module, recorded: RecordedPass, entries: Sequence[Entry], null: bool = False) -> torch.Tensor:
     """Return the logits of samples that enter the network at one site after another and leave it as one batch.
 
     Their order is that of the entries, which is the order of the sites in the network. The map of the site where a
@@ -120,7 +120,7 @@ def travel(model: nn.Module, judged: Judged, entries: Sequence[Entry], null: boo
                 travelling.append(rows.now)
             for entry in here:
                 rows.now = entry.rows
-                with restarted(model, entry.restart, judged.kept, entry.rows, null) as entered:
+                with restarted(model, entry.restart, recorded.inputs, entry.rows, null) as entered:
                     outputs.append(forward(entered, *args, **kwargs))
                 travelling.append(entry.rows)
             if len(outputs) == 1:
@@ -130,12 +130,12 @@ def travel(model: nn.Module, judged: Judged, entries: Sequence[Entry], null: boo
         return grown
 
     with ExitStack() as stack:
-        stack.enter_context(_as_judged(model, judged, rows))
+        stack.enter_context(_as_judged(model, recorded, rows))
         stack.enter_context(skipped(model, first.outside))
         for name, here in entering.items():
             module = model.get_submodule(name)
             stack.enter_context(replaced_forward(module, grow(module, here)))
-        return model(judged.input)
+        return model(recorded.input)
 
 
 def class_log_probability(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,7 @@ def class_log_probability(logits: torch.Tensor, target: torch.Tensor) -> torch.T
 
 def null_noise(
         model: nn.Module,
-        judged: Judged,
+        recorded: RecordedPass,
         log_probs: torch.Tensor,
         target: torch.Tensor,
         restarts: Sequence[Restart | None],
@@ -155,7 +155,7 @@ def null_noise(
 
     Args:
         model: The model itself, with no wrapper around it.
-        judged: What the judged pass left.
+        recorded: What the judged pass left.
         log_probs: Its log-probabilities, (B, K).
         target: Class indices, (B,).
         restarts: Where the passes begin; None is the image.
@@ -164,8 +164,8 @@ def null_noise(
     errors = []
     for restart in restarts:
         if restart is None:
-            logits = counterfactual(model, judged, [])
+            logits = counterfactual(model, recorded, [])
         else:
-            logits = travel(model, judged, [Entry(restart, None)], null=True)
+            logits = travel(model, recorded, [Entry(restart, None)], null=True)
         errors.append(class_log_probability(logits, target) - expected)
     return torch.stack(errors).square().mean().sqrt().item()

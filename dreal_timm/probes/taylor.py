@@ -1,4 +1,4 @@
-"""First-order rewards: what a map is worth, from the gradient that the backward pass computes anyway
+"""Probe 'taylor': first-order rewards, from the gradient that the backward pass computes anyway
 
     log p' - log p ~ <d log p_c / dA, mean(A) - A>
 
@@ -16,16 +16,15 @@ import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, PolyCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from dreal_timm.attention.sites import Group, find_sites
-from dreal_timm.probes.base import Measure, Measured
+from dreal_timm.attention.sites import Group, Site, find_sites, group_sites, sites_of
+from dreal_timm.config import DrealConfig
+from dreal_timm.probes.base import Probe, Rewards
 from dreal_timm.probes.passes import log_probabilities
-from dreal_timm.reward import is_correct
-from dreal_timm.trainable import DrealTrainableModule, first_order
+from dreal_timm.reward import RewardRule, is_correct
+from dreal_timm.trainable import DrealTrainableModule, Judgement
 from dreal_timm.utils.transfer import to_device
 
-__all__ = ['TAYLOR_SITES', 'Pending', 'TaylorMeasure', 'check_criterion']
-
-TAYLOR_SITES = ('all', 'drawn')
+__all__ = ['Pending', 'TaylorProbe', 'check_criterion', 'first_order']
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +68,17 @@ def _is_plain(criterion: Any) -> bool:
     return type(criterion) is LabelSmoothingCrossEntropy and criterion.smoothing == 0
 
 
+def first_order(gradient: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """Return <gradient, mean(A) - A>, the change to first order if a map is replaced by its mean, (B, L).
+
+    Args:
+        gradient: Gradient of what changes at the maps, (B, L, *size).
+        attention: The maps, (B, L, *size).
+    """
+    flat = attention.flatten(2)
+    return (gradient.flatten(2) * (flat.mean(2, keepdim=True) - flat)).sum(2)
+
+
 @dataclass
 class Pending:
     """A batch whose rewards are known after its backward pass.
@@ -79,8 +89,7 @@ class Pending:
         taps: Zero leaf tensors of the same shapes as the maps, that were added to them.
         right: Samples whose class wins or ties, (B,) bool.
         known: Samples that have a class, (B,) bool: a criterion may ignore labels such as -100.
-        sites: Which sites, of all groups, are asked for, (L of all groups,) bool.
-        descriptors: What the map of each site was computed from, by its name; kept for the direct actor alone.
+        sites: Sites to measure, (L of all groups,) bool.
     """
     states: Mapping[str, torch.Tensor]
     maps: Mapping[str, torch.Tensor]
@@ -88,7 +97,6 @@ class Pending:
     right: torch.Tensor
     known: torch.Tensor
     sites: torch.Tensor
-    descriptors: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     _scales: list[torch.Tensor] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,20 +123,20 @@ class Pending:
     def gradients(self) -> dict[str, torch.Tensor]:
         """Return the gradient of the log-probability (or of minus the sample's loss) at the maps of each group.
 
-        (B, L, *size), NaN where no gradient arrived, or one that is not finite, and where no site is asked for.
+        (B, L, *size), NaN where no gradient arrived, or one that is not finite, and at sites that are not measured.
         """
-        found, start = {}, 0
+        gradients, start = {}, 0
         for name, tap in self.taps.items():
-            asked = self.known[:, None] & self.sites[start:start + tap.shape[1]]
+            measured = self.known[:, None] & self.sites[start:start + tap.shape[1]]
             start += tap.shape[1]
             if tap.grad is None or not self._scales:
-                found[name] = torch.full_like(tap, float('nan'))
+                gradients[name] = torch.full_like(tap, float('nan'))
                 continue
             # the loss is a mean over the samples that have a class
             gradient = tap.grad.detach() * -(self.known.sum() / torch.stack(self._scales).sum().to(tap.dtype))
-            asked = asked & gradient.flatten(2).isfinite().all(2)
-            found[name] = gradient.masked_fill(~asked.view(*asked.shape, *[1] * (tap.ndim - 2)), float('nan'))
-        return found
+            measured = measured & gradient.flatten(2).isfinite().all(2)
+            gradients[name] = gradient.masked_fill(~measured.view(*measured.shape, *[1] * (tap.ndim - 2)), float('nan'))
+        return gradients
 
     def change(self) -> torch.Tensor:
         """Return the change of the log-probability (or of minus the sample's loss) at every site, (B, L of all groups).
@@ -140,16 +148,15 @@ class Pending:
         return change.where(change.isfinite(), torch.full_like(change, float('nan')))
 
 
-class TaylorMeasure(Measure):
+class TaylorProbe(Probe):
     """Rewards of the batch before, from the gradient of its own backward pass.
 
     Args:
         groups: Groups of attention sites.
+        rule: How a reward is made of a change of log-probability.
         criterion: The class loss.
         target: 'loss' takes each sample's own class loss in the place of minus the log-probability of its class.
-        sites: 'all' measures at every site, 'drawn' at the one that is drawn of each group.
-        direct: Whether what the direct actor needs is kept too.
-        **kwargs: Passed to `Measure`.
+        ignored: Label of samples that have no class.
 
     Raises:
         ValueError: The gradient of this loss is not that of what rewards are made of.
@@ -158,24 +165,31 @@ class TaylorMeasure(Measure):
     def __init__(
             self,
             groups: Sequence[Group],
+            rule: RewardRule,
             criterion: nn.Module | Callable,
             target: str | None = None,
-            sites: str = 'all',
-            direct: bool = False,
-            **kwargs: Any,
+            ignored: int | None = None,
     ):
         check_criterion(criterion, target)
-        if sites not in TAYLOR_SITES:
-            raise ValueError(f"taylor_sites must be one of {', '.join(TAYLOR_SITES)}, got '{sites}'.")
-        super().__init__(**kwargs)
-        self.drawn_alone, self.direct = sites == 'drawn', direct
-        self.groups = list(groups)
-        self._sites = [site for group in self.groups for site in group.sites]
+        super().__init__(groups, rule, ignored)
         self._group = [index for index, group in enumerate(self.groups) for _ in group.sites]
         self.target = target
-        self._told = False
+        self._loss_logged = False
         self.pending: Pending | None = None  # an attribute, not a buffer: DDP would send that of the first process
         self._sizes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+
+    @classmethod
+    def build(
+            cls,
+            config: DrealConfig,
+            model: nn.Module,
+            sites: Sequence[Site],
+            criterion: nn.Module | Callable,
+            rule: RewardRule,
+            input_size: Sequence[int],
+    ) -> 'TaylorProbe':
+        ignored = getattr(criterion, 'ignore_index', None)
+        return cls(group_sites(sites), rule, criterion, config.taylor_target, ignored)
 
     def _taps(self, model: nn.Module, input: torch.Tensor) -> dict[str, torch.Tensor]:
         """Zero leaf tensors of the shapes of all maps of a batch, (B, L, *size), float32 or wider, by group."""
@@ -197,62 +211,65 @@ class TaylorMeasure(Measure):
             trainable: DrealTrainableModule,
             input: torch.Tensor,
             target: torch.Tensor,
-    ) -> tuple[dict[str, Any], Measured]:
+    ) -> tuple[Judgement, Rewards]:
         if self.target is None and target.ndim == 2:
             raise ValueError(
                 f"probe='taylor' needs class indices, got soft targets; {_HINT}, and taylor_target='loss' measures "
                 "rewards by each sample's own loss."
             )
         before, self.pending = self.pending, None
-        asked, measured, earlier = None, None, None
-        if before is not None:
-            asked = before.states, before.maps
-            measured = self._measured(before)
-            if self.direct:
-                earlier = before.descriptors, before.maps, before.gradients()
-            before = None  # taps and gradients are gone when the next ones are made
+        rewards = None if before is None else self._rewards(before)
+        pending = None if before is None else (before.states, before.maps)
+        options = self.options(before, trainable.rotation.due)
+        before = None  # taps and gradients are gone when the next ones are made
         taps = self._taps(trainable.model, input) if trainable.rotation.due else None
-        options: dict[str, Any] = {'earlier': earlier, 'descriptors': taps is not None} if self.direct else {}
-        judged = call(input, taps=taps, pending=asked, **options)
-        output = judged['output'].detach()
-        if measured is None:
-            measured = self.unmeasured(output, target, self._sites)
+        judged = call(input, taps=taps, pending=pending, **options)
+        output = judged.output.detach()
+        if rewards is None:
+            rewards = self.unmeasured(output, target, sites_of(self.groups))
         if taps is not None:
             classes, known = self.classes(output, target)
-            states, maps = (
-                {name: tensor.clone() if self.compiled else tensor for name, tensor in judged[kind].items()}
-                for kind in ('states', 'maps')  # the next step of a compiled module may overwrite what it returned
-            )
-            descriptors = {
-                name: tuple(tensor.clone() if self.compiled else tensor for tensor in tensors)
-                for name, tensors in judged.get('descriptors', {}).items()}
-            self.pending = Pending(
-                states, maps, taps, is_correct(log_probabilities(output), classes), known,
-                to_device(self._asked(trainable), output.device), descriptors)
-        return judged, measured
+            self.pending = self.save(
+                judged, taps, is_correct(log_probabilities(output), classes), known,
+                to_device(self.measured_sites(trainable), output.device))
+        return judged, rewards
 
-    def _asked(self, trainable: DrealTrainableModule) -> torch.Tensor:
-        """Which sites are asked for, (L of all groups,) bool."""
-        asked = torch.ones(len(self._sites), dtype=torch.bool)
-        if self.drawn_alone:
-            drawn = trainable.rotation.draw()
-            asked = torch.cat([
-                torch.arange(len(group.sites)) == index for group, index in zip(self.groups, drawn, strict=True)])
-        return asked
+    def options(self, before: Pending | None, due: bool) -> dict[str, Any]:
+        """Return further arguments of the trainable module; a study's method may have some."""
+        return {}
 
-    def _measured(self, pending: Pending) -> Measured:
-        if pending.lost and not self._told:
-            self._told = True
+    def measured_sites(self, trainable: DrealTrainableModule) -> torch.Tensor:
+        """Return a mask of the sites to measure, (L of all groups,) bool, on the CPU."""
+        return torch.ones(len(self._group), dtype=torch.bool)
+
+    def save(
+            self,
+            judged: Judgement,
+            taps: Mapping[str, torch.Tensor],
+            right: torch.Tensor,
+            known: torch.Tensor,
+            sites: torch.Tensor,
+    ) -> Pending:
+        """Return what the rewards of this batch are made of, see `Pending`."""
+        return Pending(self.own(judged.states), self.own(judged.maps), taps, right, known, sites)
+
+    def own(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return tensors that stay: the next step of a compiled module may overwrite what it returned."""
+        return {name: tensor.clone() if self.compiled else tensor for name, tensor in tensors.items()}
+
+    def _rewards(self, pending: Pending) -> Rewards:
+        if pending.lost and not self._loss_logged:
+            self._loss_logged = True
             _logger.warning(
                 "probe='taylor': a backward pass left no gradient at some maps, whose rewards are missing. Reentrant "
                 'gradient checkpointing (timm.layers.set_reentrant_ckpt) does that, the default does not.'
             )
-        rewards = self.rule(pending.change(), pending.right, self._group)
-        return Measured(self._sites, rewards, pending.right)
+        values = self.rule(pending.change(), pending.right, self._group)
+        return Rewards(sites_of(self.groups), values, pending.right)
 
     def watch(self, loss: torch.Tensor) -> None:
         if self.pending is not None:
             self.pending.watch(loss)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self.pending = None

@@ -6,8 +6,6 @@ from typing import Any
 
 from dreal_timm.critic import CELLS
 from dreal_timm.options import Option as Key
-from dreal_timm.probes.taylor import TAYLOR_SITES
-from dreal_timm.reward import FORMS, WRONG
 
 __all__ = ['DREAL_KEYS', 'KEYS', 'NOT_SUPPORTED']
 
@@ -184,14 +182,6 @@ DREAL_KEYS = [
     Key('critic_cell', 'str', 'lstm', "'lstm' or 'gru'", choices=tuple(CELLS)),
     Key('critic_hidden_size', 'int', 1, 'hidden units of a critic', minimum=1),
     Key('critic_depth', 'int', 1, 'cells of a critic', minimum=1),
-    Key('critic_standardized', 'bool', False, 'the critic reads states and maps standardized over the batch'),
-    Key('reward_form', 'str', 'ratio', "'ratio' is Eq. 1, 'log' the gain of log-likelihood", choices=FORMS),
-    Key('reward_standardized', 'bool', False, 'standardize the rewards of right samples within each group'),
-    Key('wrong_samples', 'str', 'penalty', "'penalty' of gamma, 'exclude', or 'measure' as right ones", choices=WRONG),
-    Key('taylor_sites', 'str', 'all', "taylor: 'all', or the 'drawn' site of each group", choices=TAYLOR_SITES),
-    Key('actor', 'str', 'critic', "'direct' raises the rewards of taylor themselves", choices=('critic', 'direct')),
-    Key('actor_start', 'int', 0, 'epochs in which the critic learns alone', minimum=0),
-    Key('actor_share', 'float', None, "length of L_q's gradient beside L_c's, in place of actor_weight"),
     Key('num_instances', 'int', 8, 'reid: images of an identity in a batch (K of P x K)', minimum=1),
     Key('crop', 'str', 'pad', "reid: 'pad' or 'enlarge' and crop, or 'timm': by timm's keys",
         choices=('pad', 'enlarge', 'timm')),

@@ -202,7 +202,7 @@ def test_quality_is_the_critics():
     critic: Critic = trainable.critic
     found = audit(model, made, ['layer2', 'layer3'], (3, 64, 64), critic)
     with torch.no_grad():
-        judged = trainable(made[0][0])['critic_quality']
+        judged = trainable(made[0][0]).critic_quality
     order = [site.name for group in task.groups for site in group.sites]
     columns = [order.index(name) for name in found.names]
     torch.testing.assert_close(found.quality[:5], judged[:, columns], rtol=0, atol=1e-6)

@@ -465,7 +465,7 @@ def test_averaged_weights_have_the_averaged_critic(averaged, tmp_path, ema, half
     trainable = task.get_trainable_module(ema=ema)
     trainable = getattr(trainable, 'module', trainable).eval()
     with torch.no_grad():
-        expected = trainable(pixels)['critic_quality']
+        expected = trainable(pixels).critic_quality
     order = [site.name for group in task.groups for site in group.sites]
     columns = [order.index(name) for name in audited.names]
     torch.testing.assert_close(audited.quality, expected[:, columns], rtol=0, atol=1e-6)

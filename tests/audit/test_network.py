@@ -211,7 +211,7 @@ def test_a_critic_of_a_checkpoint(tmp_path):
     found, summary = audit_network(model, [(images, target)], input_size=(3, 64, 64), critic=critic, resamples=10)
     trainable = task.get_trainable_module().eval()
     with torch.no_grad():
-        expected = trainable(images)['critic_quality']
+        expected = trainable(images).critic_quality
     order = [site.name for group in task.groups for site in group.sites]
     torch.testing.assert_close(
         found.quality, expected[:, [order.index(name) for name in found.names]], rtol=0, atol=1e-6)

@@ -39,8 +39,7 @@ DREAL_DEFAULTS = {
     'actor_weight': 0.1, 'probe': 'split', 'probe_every': 1,
     'taylor_target': None, 'rotate': 'epoch',
     'reward_clip': 1.0, 'probe_dtype': None, 'seed': None, 'critic_cell': 'lstm', 'critic_hidden_size': 1,
-    'critic_depth': 1, 'critic_standardized': False, 'reward_form': 'ratio', 'reward_standardized': False,
-    'wrong_samples': 'penalty', 'taylor_sites': 'all', 'actor': 'critic', 'actor_start': 0, 'actor_share': None,
+    'critic_depth': 1,
     'num_instances': 8, 'crop': 'pad', 'margin': 0.5, 'triplet_weight': 1.0, 'dist_metric': 'cosine',
     'camera_rule': 'exclude', 'flip_test': True, 'push_to': '', 'push_private': False,
 }

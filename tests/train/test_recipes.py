@@ -151,8 +151,8 @@ def test_the_protocol_of_the_paper(photos, tmp_path, name, attention):
     assert state.task.criterion.label_smoothing == 0.0
     assert all(norm.weight.detach().min() == 1 for norm in state.model.modules() if isinstance(norm, nn.BatchNorm2d)
                and norm.weight.numel() > 1)  # zero_init_last=False
-    assert (state.task.actor_weight, state.task.measure.rule.gamma, state.task.measure.rule.clip) == (1.0, 1.0, None)
-    assert type(state.task.measure.probe) is ExactProbe
+    assert (state.task.config.actor_weight, state.task.probe.rule.gamma, state.task.probe.rule.clip) == (1.0, 1.0, None)
+    assert type(state.task.probe) is ExactProbe
     assert state.task.get_trainable_module().rotation.rotate == 'epoch'
 
 

@@ -1,4 +1,4 @@
-"""Options that depart from the paper: what rewards are made of, what the critic reads, and how L_q teaches"""
+"""The study's options: what rewards are made of, what the critic reads, and how L_q teaches"""
 import copy
 import math
 
@@ -6,22 +6,21 @@ import pytest
 import torch
 from networks import correct_targets, make_batch, make_model
 from oracle import map_by_hand
+from study.rewards import StandardizedRecurrentCritic, StudyRule, standardize
+from study.task import StudyTask
 from timm.layers import SEModule
 from timm.task import ClassificationTask
 from torch import nn
 
-from dreal_timm import DrealTask
 from dreal_timm.attention.sites import attention_parameters
-from dreal_timm.audit import load_critic
 from dreal_timm.critic import RecurrentCritic
-from dreal_timm.reward import RewardRule, reward, standardize
 
 NAN = math.nan
 RIGHT = torch.tensor([True, True, False, True])
 
 
 def make_task(model, **kwargs):
-    return DrealTask(model, verbose=False, input_size=(3, 64, 64), **kwargs)
+    return StudyTask(model, verbose=False, input_size=(3, 64, 64), **kwargs)
 
 
 def case(**kwargs):
@@ -53,7 +52,7 @@ def test_forms_by_hand():
         ('log', 'measure'): [math.log(2), -math.log(2), 1.0, NAN],  # log 4, clamped
     }
     for (form, wrong), values in expected.items():
-        found = reward(change, RIGHT, form=form, wrong=wrong)
+        found = StudyRule(form=form, wrong=wrong)(change, RIGHT, [0])
         torch.testing.assert_close(found[:, 0], torch.tensor(values), equal_nan=True, msg=f'{form} {wrong}')
 
 
@@ -80,7 +79,7 @@ def test_standardized_rewards_do_not_depend_on_scale():
     """Gains a thousand times as small are the same rewards; wrong samples keep their penalty."""
     change = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)) * 0.1
     right = torch.arange(64) < 48
-    rule = RewardRule(form='log', standardized=True)
+    rule = StudyRule(form='log', standardized=True)
     found = rule(change, right, [0, 0])
     torch.testing.assert_close(found, rule(change / 1000, right, [0, 0]), rtol=1e-4, atol=1e-5)
     assert (found[48:] == -1).all()
@@ -153,7 +152,7 @@ def test_drawn_sites_of_taylor():
 
 def test_standardized_critic_by_hand():
     """It reads what the plain one would read of inputs that were standardized over the batch by hand."""
-    plain, critic = RecurrentCritic((6,)), RecurrentCritic((6,), standardized=True)
+    plain, critic = RecurrentCritic((6,)), StandardizedRecurrentCritic((6,))
     critic.load_state_dict(plain.state_dict(), strict=False)
     generator = torch.Generator().manual_seed(0)
     state, attention = (3 + 0.1 * torch.randn(5, 2, 6, generator=generator) for _ in range(2))
@@ -164,7 +163,7 @@ def test_standardized_critic_by_hand():
 
 def test_a_standardized_critic_does_not_push_all_samples_alike():
     """Its gradient at the maps sums to nothing over the batch: it cannot move a gate for every image."""
-    critic = RecurrentCritic((6,), standardized=True)
+    critic = StandardizedRecurrentCritic((6,))
     state = torch.randn(16, 2, 6)
     attention = torch.rand(16, 2, 6, requires_grad=True)
     critic(state, attention).sum().backward()
@@ -174,20 +173,9 @@ def test_a_standardized_critic_does_not_push_all_samples_alike():
 
 def test_a_standardized_critic_of_one_image():
     """A batch of one has no differences: finite, and alike whatever the image."""
-    critic = RecurrentCritic((6,), standardized=True)
+    critic = StandardizedRecurrentCritic((6,))
     first, second = (critic(torch.randn(1, 2, 6), torch.rand(1, 2, 6)) for _ in range(2))
     assert torch.equal(first, second)
-
-
-def test_a_standardized_critic_is_known_from_its_checkpoint(tmp_path):
-    """Whoever loads it from a checkpoint gets one that reads as it did."""
-    task = make_task(make_model('se'), critic_standardized=True, critic_hidden_size=3)
-    path = tmp_path / 'last.pth.tar'
-    torch.save({'state_dict': task.get_eval_model().state_dict(), 'task_state': task.get_task_state()}, path)
-    found = load_critic(path, task.groups)
-    assert all(critic.standardized is not None for critic in found.values())
-    plain = make_task(make_model('se')).get_trainable_module().critic
-    assert all(critic.standardized is None for critic in plain.values())
 
 
 def test_direct_actor_by_hand():

@@ -16,12 +16,12 @@ from networks import correct_targets, make_batch, make_model
 from oracle import map_by_hand
 from scipy import stats
 from study import fashion, forms, jsonl, learning, learning_figure, reward_signal
+from study.task import StudyTask
 from timm.layers import SEModule
 from timm.task import ClassificationTask
 from torch.nn.functional import cross_entropy
 from torchvision.datasets import FashionMNIST
 
-from dreal_timm import DrealTask
 from dreal_timm.probes import taylor
 
 CPU = torch.device('cpu')
@@ -34,9 +34,9 @@ def controlled(kind, **options):
     for control in (None, kind):
         model = make_model('se').train()
         target = correct_targets(make_model('se').train(), input)
-        task = DrealTask(model, verbose=False, input_size=(3, 64, 64), **options)
+        task = StudyTask(model, verbose=False, input_size=(3, 64, 64), **options)
         if control:
-            task.measure = forms.Control(task.measure, control, 0)
+            task.probe = forms.Control(task.probe, control, 0)
         task(input, target)['loss'].backward()
         task.zero_grad()
         result = task(input, target)
@@ -74,17 +74,17 @@ def test_random_rewards():
 def test_the_direct_actor_is_shuffled_too(monkeypatch):
     """What it is pushed by is the gradient of another sample: the same gradients at each site, and another push."""
     seen = {}
-    own = taylor.TaylorMeasure.__call__
+    own = taylor.TaylorProbe.__call__
 
     def look(self, *args):
         if self.pending is not None:
             seen[id(self)] = [one for tap in self.pending.taps.values() for one in tap.grad.unbind(1)]
         return own(self, *args)
 
-    monkeypatch.setattr(taylor.TaylorMeasure, '__call__', look)
+    monkeypatch.setattr(taylor.TaylorProbe, '__call__', look)
     (plain, first), (shuffled, second) = controlled('shuffled', probe='taylor', actor='direct')
     moved = 0
-    for one, two in zip(seen[id(plain.measure)], seen[id(shuffled.measure.inner)], strict=True):
+    for one, two in zip(seen[id(plain.probe)], seen[id(shuffled.probe.inner)], strict=True):
         rows = [sorted(map(tuple, values.flatten(1).tolist())) for values in (one, two)]
         assert rows[0] == rows[1]
         moved += int((one != two).flatten(1).any(1).sum())
@@ -155,7 +155,7 @@ def test_forms_that_are_not_there(name):
 def test_forms_that_begin_later():
     """FORM@1 is the form without L_q for an epoch, its control as well."""
     late = forms.make_task(fashion.network('se', 0.25, 0), 'literal@1/shuffled', 0, CPU)
-    assert isinstance(late, DrealTask) and isinstance(late.measure, forms.Control)
+    assert isinstance(late, StudyTask) and isinstance(late.probe, forms.Control)
     images = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     for weight in (0, 1):
         late.get_trainable_module().train()  # an epoch begins
