@@ -10,8 +10,11 @@ from timm.layers.squeeze_excite import SEModule
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.probes.table import PROBES
+from dreal_timm.probes.exact import ExactProbe
+from dreal_timm.probes.split import SplitProbe
 from dreal_timm.replay.random_masks import Draws, Rows, is_masking, record_draws, replay_draws, rng_state
+
+COUNTERFACTUAL = {'exact': ExactProbe, 'split': SplitProbe}
 
 CPU = torch.device('cpu')
 ROWS = torch.tensor([5, 0, 3])
@@ -400,7 +403,7 @@ def assert_rewards(model, probe, caplog):
     return [record.message for record in caplog.records if 'through the whole network' in record.message]
 
 
-@pytest.mark.parametrize('probe', list(PROBES))
+@pytest.mark.parametrize('probe', list(COUNTERFACTUAL))
 @pytest.mark.parametrize('layer', list(WHOLE))
 def test_steps_of_whole_passes(layer, probe, caplog):
     """What cannot be drawn again for a part is drawn again by whole passes: rewards are right, the log says so once."""
@@ -408,14 +411,14 @@ def test_steps_of_whole_passes(layer, probe, caplog):
     assert len(said) == 1 and 'random numbers were drawn' in said[0]
 
 
-@pytest.mark.parametrize('probe', list(PROBES))
+@pytest.mark.parametrize('probe', list(COUNTERFACTUAL))
 @pytest.mark.parametrize('layer', list(PARTS))
 def test_steps_of_passes_from_the_sites(layer, probe, caplog):
     """Rewards are right, and nothing is said, where masks are repeated for a part of the batch and of the network."""
     assert not assert_rewards(make_net(*PARTS[layer]), probe, caplog)
 
 
-@pytest.mark.parametrize('probe', list(PROBES))
+@pytest.mark.parametrize('probe', list(COUNTERFACTUAL))
 @pytest.mark.parametrize('dims', [2, 3])
 def test_steps_with_a_function_whose_mask_has_no_row_a_sample(dims, probe, caplog):
     """Functional dropout of something other than samples, behind the last site, leaves the rewards right."""

@@ -13,12 +13,15 @@ from dreal_timm.attention.capture import keep_inputs
 from dreal_timm.attention.sites import find_sites, group_sites
 from dreal_timm.layers import SrmModule
 from dreal_timm.probes.entry_points import trace_flow
+from dreal_timm.probes.exact import ExactProbe
 from dreal_timm.probes.passes import RecordedPass, log_probabilities
 from dreal_timm.probes.passes import counterfactual as counterfactual_logits
-from dreal_timm.probes.table import PROBES
+from dreal_timm.probes.split import SplitProbe
 from dreal_timm.replay.batch_norms import _join_stats, check_probeable, record_norms
 from dreal_timm.replay.random_masks import Draws, record_draws, rng_state
 from dreal_timm.reward import RewardRule
+
+COUNTERFACTUAL = {'exact': ExactProbe, 'split': SplitProbe}
 
 MODES = ('batch_norm', 'frozen_batch_norm', 'group_norm')
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -180,7 +183,7 @@ def test_batch_norm_that_is_called_twice():
     torch.testing.assert_close(counterfactual(model, judged, []), log_probs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('probe', list(PROBES))
+@pytest.mark.parametrize('probe', list(COUNTERFACTUAL))
 @pytest.mark.parametrize('mode', MODES)
 def test_a_probe_leaves_no_trace(attention, mode, probe):
     """Buffers, versions, flags, hooks, gradients and generator are as before, and the backward still works."""
@@ -188,7 +191,7 @@ def test_a_probe_leaves_no_trace(attention, mode, probe):
     input, target = make_batch()
     sites = find_sites(model, (3, 64, 64))
     groups = group_sites(sites)
-    probe = PROBES[probe](groups, RewardRule(), trace_flow(model, sites, (3, 64, 64)))
+    probe = COUNTERFACTUAL[probe](groups, RewardRule(), trace_flow(model, sites, (3, 64, 64)))
     sites = probe.sites([0] * len(groups))
     judged, _, logits = judge(model, input, kept=probe.inputs_to_save(sites), graph=True)
     for p in model.parameters():

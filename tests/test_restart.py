@@ -19,13 +19,15 @@ from dreal_timm.attention.capture import keep_inputs
 from dreal_timm.attention.readers import READERS
 from dreal_timm.attention.sites import Group, Site, find_sites, group_sites
 from dreal_timm.probes.entry_points import Flow, trace_flow
+from dreal_timm.probes.exact import ExactProbe
 from dreal_timm.probes.passes import Entry, RecordedPass, class_log_probability, counterfactual, travel
 from dreal_timm.probes.restart import select
 from dreal_timm.probes.split import SplitProbe
-from dreal_timm.probes.table import PROBES
 from dreal_timm.replay.batch_norms import record_norms
 from dreal_timm.replay.random_masks import Draws, record_draws, rng_state
 from dreal_timm.reward import RewardRule, reward
+
+COUNTERFACTUAL = {'exact': ExactProbe, 'split': SplitProbe}
 
 TOLERANCE = dict(rtol=0, atol=1e-9)
 TARGET = torch.tensor([4, 0, 6, 2, 3, 1, 5, 0, 3])
@@ -130,7 +132,7 @@ def enter(case, restarts, rows):
 
 def ask(case, probe, right, step=0, index=-1):
     """Answers of a probe for one site of each group, with NaN where there is none, and those of whole passes."""
-    probe = PROBES[probe](case.groups, RewardRule(), case.flow, seed=3)
+    probe = COUNTERFACTUAL[probe](case.groups, RewardRule(), case.flow, seed=3)
     sites = probe.sites([index % len(group.sites) for group in case.groups])
     target = TARGET[:len(right)]
     answer = probe.bypassed_log_probability(case.model, case.recorded, target, right, sites, step)
@@ -249,7 +251,7 @@ def test_probes_of_small_batches(attention, batch):
     assert len(case.groups) == {'se': 4, 'cbam': 8}[attention]
     for kind in ('none', 'one', 'all'):
         right = which(kind, batch)
-        for probe in PROBES:
+        for probe in COUNTERFACTUAL:
             assert_answers(*ask(case, probe, right, step=batch), right)
 
 
@@ -284,7 +286,7 @@ def test_a_pass_from_the_site_runs_nothing_before_it(attention, monkeypatch):
     assert 'layer4.0.conv1' in seen['site']
 
 
-@pytest.mark.parametrize('probe', list(PROBES))
+@pytest.mark.parametrize('probe', list(COUNTERFACTUAL))
 def test_no_pass_without_a_right_sample(probe):
     """On the CPU a probe of a batch in which no sample is right runs no pass, and one for which one is, few."""
     case = study(make_model('se').double().train(), size=64)
@@ -871,13 +873,13 @@ def test_networks_by_hand(body, monkeypatch):
         case.logits.sum().backward()  # nothing that it needs has been overwritten
 
 
-@pytest.mark.parametrize('probe', list(PROBES))
+@pytest.mark.parametrize('probe', list(COUNTERFACTUAL))
 @pytest.mark.parametrize(('body', 'reason'), [
     ('root_shortcut', 'what follows body.se needs more'), ('nested', 'lie in one another'), ('residual', '')])
 def test_passes_through_the_whole_network_are_told_once(probe, body, reason, caplog):
     """The log says once why passes run through the whole network, and nothing where they do not."""
     case = study(make_net(BODIES[body][0]), batch=5, size=16, whole=False)
-    probe_ = PROBES[probe](case.groups, RewardRule(), case.flow)
+    probe_ = COUNTERFACTUAL[probe](case.groups, RewardRule(), case.flow)
     sites = probe_.sites([0] * len(case.groups))
     with caplog.at_level('INFO'):
         for step in range(4):
@@ -1078,7 +1080,7 @@ def test_a_trace_of_a_module_that_makes_its_buffer_when_called():
     assert_probes(case)
 
 
-@pytest.mark.parametrize('kind', PROBES)
+@pytest.mark.parametrize('kind', COUNTERFACTUAL)
 def test_later_hooks_see_real_images_alone(kind):
     """A user's hooks are not called on the meta device; those of before, which the network may need, are, and stay."""
     model = make_model('se')

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dreal_timm
 from dreal_timm import DrealTask
 from dreal_timm.attention.sites import attention_parameters
-from dreal_timm.probes.counterfactual import ExactProbe
+from dreal_timm.probes.exact import ExactProbe
 from dreal_timm.train.finite import FiniteWatch
 from dreal_timm.train.progress import Meter
 

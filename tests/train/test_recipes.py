@@ -10,7 +10,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from dreal_timm import DrealTask, find_sites
-from dreal_timm.probes.counterfactual import ExactProbe
+from dreal_timm.probes.exact import ExactProbe
 from dreal_timm.train import find_recipe, list_recipes, load_config
 from dreal_timm.train.config import to_dict
 from dreal_timm.train.loop import train_one_epoch
