@@ -5,6 +5,7 @@ import timm
 import torch
 from timm.layers import GroupNorm
 from timm.layers.cbam import CbamModule
+from timm.models.ghostnet import GhostNet
 from torch import nn
 
 import dreal_timm  # noqa: F401
@@ -32,6 +33,12 @@ def make_model(attention: str = 'se', seed: int = 0, group_norm: bool = False, n
         'test_resnet', num_classes=num_classes, zero_init_last=False,
         block_args=dict(attn_layer=_LAYERS[attention]), **kwargs,
     ))
+
+
+def ghost_net(version: str, num_classes: int = 5) -> nn.Module:
+    """A GhostNet 'v2' or 'v3' of four blocks; the last two have the attention of its version, one of them also SE."""
+    blocks = [[[3, 16, 16, 0, 1]], [[3, 48, 24, 0, 2]], [[5, 72, 40, 0.25, 2], [5, 120, 40, 0, 1]]]
+    return GhostNet(blocks, num_classes=num_classes, width=0.5, version=version)
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -155,12 +155,12 @@ def check_audit(model: nn.Module, sites: Sequence[Site], input: torch.Tensor, ta
 
 def check_steps(model: nn.Module, sites: Sequence[Site], input: torch.Tensor, target: torch.Tensor) -> DrealTask:
     """In reinforced steps theta learns from L_q, and the rest of the network does not; keys stay."""
-    keys = set(model.state_dict())
-    gradients = []
+    keys, twin, gradients = set(model.state_dict()), copy.deepcopy(model), []
+    task = DrealTask(twin, verbose=False, input_size=tuple(input.shape[1:]), probe='split', rotate='step')
     for weight in (0.0, 1.0):
-        twin = copy.deepcopy(model)
-        task = DrealTask(
-            twin, verbose=False, input_size=tuple(input.shape[1:]), probe='split', rotate='step', actor_weight=weight)
+        twin.load_state_dict(model.state_dict())  # buffers that a step moves, such as the vectors of spectral norms
+        task.zero_grad()
+        task.actor_weight = weight
         task.get_trainable_module().train()
         torch.manual_seed(3)
         result = task(input, target)
@@ -179,9 +179,8 @@ def check_steps(model: nn.Module, sites: Sequence[Site], input: torch.Tensor, ta
     return task
 
 
-def check(name: str) -> dict[str, object]:
+def check(model: nn.Module, size: int) -> dict[str, object]:
     """Audit a network and take reinforced steps; raise an AssertionError where anything is not as it must be."""
-    model, size = fitting(name)
     randomise(model)
     model.train()
     sites = find_sites(model, (3, size, size))
@@ -203,7 +202,7 @@ def check(name: str) -> dict[str, object]:
 def attempt(network: Network) -> dict[str, object]:
     """Check a network; say what went wrong."""
     try:
-        return check(network.name)
+        return check(*fitting(network.name))
     except Exception as error:
         message = str(error).strip().splitlines()
         return {'error': f'{type(error).__name__}: {message[0] if message else ""}', 'trace': traceback.format_exc()}

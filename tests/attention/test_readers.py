@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from networks import make_batch
+from networks import ghost_net, make_batch
 from timm.layers import create_attn
 from timm.layers.cbam import LightChannelAttn, LightSpatialAttn
 from timm.layers.coord_attn import StripAttn
@@ -299,7 +299,7 @@ def build(case: Case, dtype=torch.float64) -> tuple[nn.Module, torch.Tensor, lis
 
 
 def test_every_class_is_tried_here_or_with_the_networks():
-    """No reader is without a test: those of CBAM's own halves are tried in test_attention.py."""
+    """No reader is without a test: those of CBAM's own halves are tried in test_sites.py."""
     tried = {type(part) for case in CASES.values() for part in case.make().modules()} & set(READERS)
     assert {cls.__name__ for cls in set(READERS) - tried} == {'ChannelAttn', 'SpatialAttn'}
 
@@ -427,8 +427,8 @@ NETWORKS = {
     'sk': ('skresnet18', {}),
     'splat': ('resnest14d', {}),
     'hgnet': ('hgnet_tiny', {}),
-    'ghost': ('ghostnetv2_100', {}),
-    'ghost_3': ('ghostnetv3_050', {}),
+    'ghost': (ghost_net, dict(version='v2')),
+    'ghost_3': (ghost_net, dict(version='v3')),
 }
 
 
@@ -442,11 +442,12 @@ def gather_excite_of(channels: int) -> GatherExcite:
 @pytest.mark.parametrize('network', NETWORKS)
 def test_one_reinforced_step(network, probe):
     """Backbone from L_c, theta from L_c and L_q, critic from L_r, in a network with each kind of attention."""
-    name, options = NETWORKS[network]
+    build, options = NETWORKS[network]
     torch.manual_seed(0)
-    if 'res' in name:
-        options = dict(options, zero_init_last=False)
-    model = timm.create_model(name, num_classes=5, **options)
+    if isinstance(build, str):
+        options = options | ({'zero_init_last': False} if 'res' in build else {})
+        build = partial(timm.create_model, build)
+    model = build(num_classes=5, **options)
     for module in model.modules():
         if isinstance(module, GlobalContext) and module.mlp_add is not None:
             nn.init.normal_(module.mlp_add.fc2.weight, std=0.1)  # zero at first: its map is the same for all images
