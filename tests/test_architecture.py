@@ -10,13 +10,14 @@ import dreal_timm
 
 ROOT = Path(dreal_timm.__file__).parent
 METHOD = {'attention', 'critic', 'losses', 'options', 'probes', 'replay', 'reward', 'rotation', 'share', 'trainable'}
-BASE = {'errors', 'utils', 'version'}
+BASE = {'errors', 'provenance', 'utils', 'version'}
 NETWORKS = {'data', 'hub', 'layers', 'models'}
 ALLOWED = {
     **{name: set[str]() for name in (
         'version', 'errors', 'layers', 'replay', 'critic', 'reward', 'rotation', 'losses', 'share', 'options')},
     'utils': {'errors'},
-    'models': {'layers'},
+    'provenance': {'version'},
+    'models': {'errors', 'layers'},
     'attention': {'layers', 'replay'},
     'trainable': {'attention', 'critic', 'replay', 'rotation'},
     'probes': {'attention', 'replay', 'reward', 'trainable', 'utils'},

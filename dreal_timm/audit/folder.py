@@ -17,10 +17,11 @@ from dreal_timm.audit.images import NumberedImages, batches, draw_numbers
 from dreal_timm.audit.maps import MapSums
 from dreal_timm.audit.parts import Parts, cut
 from dreal_timm.audit.result import Audit
-from dreal_timm.audit.run import Batches, first_pass, result, second_pass, versions
+from dreal_timm.audit.run import Batches, first_pass, result, second_pass
 from dreal_timm.audit.sites import describe_sites
 from dreal_timm.audit.subject import Subject
-from dreal_timm.hub.results import weights_digest
+from dreal_timm.provenance import versions, weights_digest
+from dreal_timm.utils.transfer import pick_device
 
 __all__ = ['audit_folder', 'processes', 'remove_parts']
 
@@ -43,8 +44,7 @@ def processes() -> Iterator[tuple[int, int]]:
 
 def _own_device(device: torch.device | None) -> torch.device:
     """Return the device of this process: of several GPUs, each process of a machine takes one."""
-    if device is None:
-        device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = pick_device(device)
     if device.type == 'cuda' and device.index is None:
         return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
     return device
@@ -196,7 +196,7 @@ def audit_folder(
             'model': subject.name, 'checkpoint': subject.checkpoint, **settings,
             'label_names': subject.model.pretrained_cfg.get('label_names'), 'class_names': images.class_names(),
             'seconds': round(time.time() - begun, 1), 'processes': count, 'device': str(device),
-            'versions': versions(),
+            'versions': versions(python=True),
         },
     )
     return audited, auditor

@@ -4,11 +4,9 @@ Two passes over the images: the first measures the network as it is, its maps, a
 replaced by its mean; the second, what it says with each replaced by the mean map of the data set, which is known then.
 Of some images the first also measures what roundings alone do: the null pass.
 """
-import platform
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import timm
 import torch
 from timm.utils import unwrap_model
 from torch import nn
@@ -20,22 +18,13 @@ from dreal_timm.audit.result import Audit
 from dreal_timm.audit.sites import describe_sites
 from dreal_timm.critic import Critic
 from dreal_timm.data.classes import names_of_config
-from dreal_timm.hub.results import weights_digest
-from dreal_timm.version import __version__
+from dreal_timm.provenance import versions, weights_digest
 
-__all__ = ['Batches', 'audit', 'first_pass', 'measure', 'result', 'second_pass', 'versions']
+__all__ = ['Batches', 'audit', 'first_pass', 'measure', 'result', 'second_pass']
 
 _NULL = 256  # images of a part of the data set that the null pass looks at
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that numbers are measured with."""
-    return {
-        'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
-        'dreal_timm': __version__,
-    }
 
 
 def first_pass(auditor: Auditor, images: Batches) -> tuple[dict[str, torch.Tensor], MapSums]:
@@ -113,7 +102,7 @@ def measure(
             'critic_sha256': None if critic is None else weights_digest(critic.state_dict()),
             'images': sums.count + len(images.unreadable), 'sites': [site.name for site in auditor.sites],
             'input_size': None if input_size is None else list(input_size), 'label_names': names_of_config(config),
-            'device': str(images.like.device), 'versions': versions(),
+            'device': str(images.like.device), 'versions': versions(python=True),
         },
     }
     keep: Collection[int] = ()

@@ -13,8 +13,8 @@ from dreal_timm.audit.calibration import load_critic
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.critic import Critic
 from dreal_timm.data.opening import open_for
-from dreal_timm.hub.results import weights_digest
 from dreal_timm.hub.run import open_network
+from dreal_timm.provenance import weights_digest
 
 __all__ = ['Subject', 'load_subject', 'open_images']
 

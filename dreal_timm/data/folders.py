@@ -10,6 +10,7 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 
 from dreal_timm.data.classes import same_name
+from dreal_timm.errors import reason
 
 __all__ = ['check_tar', 'empty_classes', 'every_extension', 'read_class_map', 'tidy']
 
@@ -42,7 +43,7 @@ def read_class_map(class_map: str | Mapping[str, int], root: str = '') -> dict[s
             raise FileNotFoundError(f"class_map: no file '{class_map}'.") from None
         raise ValueError(f'class_map: {error}.') from None
     except Exception as error:  # of pickle or the decoder
-        raise ValueError(f"class_map: '{class_map}' cannot be read ({' '.join(str(error).split())[:100]}).") from error
+        raise ValueError(f"class_map: '{class_map}' cannot be read ({reason(error)}).") from error
     # a mark of Windows' editors is no part of the first name
     names = {same_name(str(name).removeprefix('\ufeff')): index for name, index in found.items() if name != ''}
     if not names or not all(isinstance(index, int) and 0 <= index < 1_000_000 for index in names.values()):

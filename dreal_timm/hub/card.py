@@ -19,14 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreal_timm.hub.config import check_config
 from dreal_timm.hub.files import read_json
 from dreal_timm.hub.markdown import code, escape, plain
-from dreal_timm.hub.results import (
-    check_control,
-    is_reinforced,
-    read_results,
-    training_record,
-    training_settings,
-    weights_digest,
-)
+from dreal_timm.hub.results import check_control, is_reinforced, read_results, training_record, training_settings
+from dreal_timm.provenance import weights_digest
 
 __all__ = ['write_card']
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import timm
 
-from dreal_timm.errors import WeightsError, printable
-from dreal_timm.hub.files import check_place, read_json, reason, walk
+from dreal_timm.errors import WeightsError, printable, reason
+from dreal_timm.hub.files import check_place, read_json, walk
 from dreal_timm.models.sources import check_arguments
 
 __all__ = ['CONFIG', 'check_config']

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dreal_timm.errors import WeightsError
+from dreal_timm.errors import WeightsError, reason
 
 __all__ = ['WEIGHTS_FILES', 'digest', 'explain', 'fetch']
 
@@ -75,13 +75,13 @@ def explain(error: BaseException, repo: str) -> str:
                 return texts[status]
             if status is not None and status >= 500:
                 return f'the Hub answers with an error ({status}): try again later'
-            return ' '.join(str(item).split())[:200]
+            return reason(item)
     if isinstance(error, HFValidationError):
-        return ' '.join(str(error).split())[:200]
+        return reason(error)
     if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
         return f'{error.strerror}: {error.filename or constants.HF_HUB_CACHE}'
-    reason = ' '.join((str(chain[-1]) or type(chain[-1]).__name__).split())[:100]
-    return f'{constants.ENDPOINT} cannot be reached ({reason}): check the network, or fill the cache elsewhere'
+    why = reason(chain[-1])
+    return f'{constants.ENDPOINT} cannot be reached ({why}): check the network, or fill the cache elsewhere'
 
 
 def _verify(path: str, repo: str, file: str, sha256: str) -> None:

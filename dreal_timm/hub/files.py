@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from dreal_timm.errors import WeightsError, printable
+from dreal_timm.errors import WeightsError, reason
 
-__all__ = ['check_front_matter', 'check_place', 'check_plain', 'read_bytes', 'read_json', 'read_yaml', 'reason', 'walk']
+__all__ = ['check_front_matter', 'check_place', 'check_plain', 'read_bytes', 'read_json', 'read_yaml', 'walk']
 
 _KINDS = {'p': 'a pipe', 'c': 'a device', 'b': 'a device', 'd': 'a folder', 's': 'a socket'}
 _DEEPEST = 32
@@ -50,12 +50,6 @@ def check_place(directory: Path, name: str) -> None:
     blobs = [folder.parent.parent / 'blobs'] if folder.parent.name == 'snapshots' else []
     if not any(target.is_relative_to(place) for place in (folder, *blobs)):
         raise WeightsError(f'{what}: it is not what was exported, but a link to what lies outside of the folder.')
-
-
-def reason(error: BaseException) -> str:
-    """A line of an error, for the middle of another."""
-    text = (error.strerror if isinstance(error, OSError) else '') or str(error)
-    return printable(' '.join(text.split())[:200]) or type(error).__name__
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
@@ -137,7 +131,7 @@ def _parse_yaml(content: bytes) -> Any:
     try:
         value = yaml.load(content, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(' '.join(str(error).split())[:150]) from error
+        raise ValueError(reason(error)) from error
     except RecursionError as error:
         raise ValueError('it is nested too deep') from error
     walk(value, _NODES)

@@ -8,10 +8,10 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dreal_timm.errors import WeightsError
+from dreal_timm.errors import WeightsError, reason
 from dreal_timm.hub.config import CONFIG, check_config
 from dreal_timm.hub.fetch import WEIGHTS_FILES, digest
-from dreal_timm.hub.files import check_place, read_bytes, reason
+from dreal_timm.hub.files import check_place, read_bytes
 from dreal_timm.hub.shapes import check_weights
 
 __all__ = ['SUMS', 'UNLISTED', 'check_folder', 'checksums', 'find_weights', 'read_checksums']

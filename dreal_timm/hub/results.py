@@ -1,16 +1,13 @@
 """Results of a validation: bound to the weights that they were measured with by a hash"""
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dreal_timm.hub.files import read_json, read_yaml
 
 __all__ = [
     'check_control', 'is_reinforced', 'read_results', 'run_settings', 'shared_settings', 'training_record',
-    'training_settings', 'weights_digest',
+    'training_settings',
 ]
 
 _KEYS = {
@@ -33,21 +30,6 @@ _SHARED = ('task', 'freeze', 'backbone', 'gates', 'num_instances', 'crop', 'marg
 _PRIVATE = (
     'data', 'data_dir', 'output', 'resume', 'initial_checkpoint', 'pretrained_path', 'class_map', 'log_with',
     'log_kwargs')
-
-
-def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return a SHA-256 of names, shapes and numbers of a state dict, the same for a file and for the network loaded.
-
-    Args:
-        state: Tensors by name. Floating-point numbers count as float32, which float16 weights are loaded as.
-    """
-    found = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu()
-        tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
-        found.update(f'{name} {list(tensor.shape)} {tensor.dtype}\n'.encode())
-        found.update(tensor.numpy().tobytes())
-    return found.hexdigest()
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -1,6 +1,5 @@
 """`dreal-timm export`: a network out of a run, or of one of its checkpoints, as a folder for others"""
 import json
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from timm.models import clean_state_dict, get_model_input_config
 from torch import nn
 
 from dreal_timm.data.classes import names_of_config
+from dreal_timm.errors import reason
 from dreal_timm.hub.config import CONFIG, check_config
 from dreal_timm.hub.export import export, halved
 from dreal_timm.hub.files import read_bytes, read_json
@@ -21,7 +21,7 @@ from dreal_timm.hub.results import read_results, shared_settings
 from dreal_timm.hub.shapes import bounded
 from dreal_timm.hub.timm_run import is_timm_run, load_timm_run
 from dreal_timm.models.reid import ReidNetwork
-from dreal_timm.version import __version__
+from dreal_timm.provenance import preprocessing_of, versions
 
 __all__ = [
     'NETWORK', 'WEIGHTS', 'export_run', 'exported_folder', 'names_beside', 'names_of_weights', 'open_network',
@@ -31,7 +31,6 @@ __all__ = [
 NETWORK = 'network.json'  # config.json of the network that a run trains
 WEIGHTS = ('auto', 'ema', 'raw')
 _BEST = 'model_best.pth.tar'
-_DATA = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
 def _state(checkpoint: Any, path: Path, weights: str) -> tuple[Mapping[str, torch.Tensor], str]:
@@ -60,10 +59,7 @@ def _training(
         'metric': checkpoint.get('metric'),
         'weights': weights,
         'seed': (checkpoint.get('args') or {}).get('seed') if isinstance(checkpoint.get('args'), Mapping) else None,
-        'exported_with': {
-            'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
-            'dreal_timm': __version__,
-        },
+        'exported_with': versions(python=True),
     }
     files = {'training/checkpoint.json': (json.dumps(told, indent=2) + '\n').encode()}
     if settings:
@@ -85,8 +81,7 @@ def _build(run: Path) -> Any:
             with bounded():
                 return timm.create_model(f'local-dir:{folder}', pretrained=False)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise ValueError(f"'{run / NETWORK}' describes no network ({reason}).") from error
+            raise ValueError(f"'{run / NETWORK}' describes no network ({reason(error)}).") from error
 
 
 def _read(source: str | Path, weights: str) -> tuple[Any, Mapping[str, Any], Path, str]:
@@ -106,8 +101,7 @@ def _read(source: str | Path, weights: str) -> tuple[Any, Mapping[str, Any], Pat
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f"'{path}' does not fit the network of '{run / NETWORK}': {reason}") from error
+        raise ValueError(f"'{path}' does not fit the network of '{run / NETWORK}': {reason(error)}") from error
     return model, checkpoint, run, taken
 
 
@@ -255,6 +249,4 @@ def export_run(
             told['training'] = shared_settings(told['training'])
         files[f'training/{name}.json'] = (json.dumps(told, indent=2) + '\n').encode()
     return export(
-        model, directory, data_config={key: config[key] for key in _DATA if key in config},
-        half=half, files=files, fresh_process=True,
-    )
+        model, directory, data_config=preprocessing_of(config), half=half, files=files, fresh_process=True)

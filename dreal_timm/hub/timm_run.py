@@ -10,15 +10,15 @@ from timm.models import clean_state_dict, resolve_model_input_args
 
 from dreal_timm.data.classes import index_names
 from dreal_timm.data.folders import read_class_map
-from dreal_timm.errors import WeightsError
+from dreal_timm.errors import WeightsError, reason
 from dreal_timm.hub.loading import check_model_name, read_checkpoint
 from dreal_timm.hub.shapes import bounded
 from dreal_timm.models.sources import check_arguments
+from dreal_timm.provenance import preprocessing_of
 
 __all__ = ['is_timm_run', 'load_timm_run']
 
 _ARGUMENTS, _BEST = 'args.yaml', 'model_best.pth.tar'
-_DATA = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
 def is_timm_run(path: str | Path) -> bool:
@@ -33,7 +33,7 @@ def _arguments(folder: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load((folder / _ARGUMENTS).read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{folder / _ARGUMENTS}' cannot be read ({' '.join(str(error).split())[:100]}).") from error
+        raise ValueError(f"'{folder / _ARGUMENTS}' cannot be read ({reason(error)}).") from error
     if not isinstance(found, dict) or not isinstance(found.get('model'), str):
         raise ValueError(f"'{folder / _ARGUMENTS}' names no model: it is not what timm's train.py writes.")
     return found
@@ -109,12 +109,11 @@ def load_timm_run(
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:200]
         raise WeightsError(
-            f"'{file}' does not fit {args['model']} as '{_ARGUMENTS}' has it: {reason}. --model-kwargs names what "
-            'the arguments do not.') from error
+            f"'{file}' does not fit {args['model']} as '{_ARGUMENTS}' has it: {reason(error)}. --model-kwargs names "
+            'what the arguments do not.') from error
     data = resolve_data_config({**args, 'in_chans': built.get('in_chans')}, model=model)
-    model.pretrained_cfg = {**model.pretrained_cfg, **{name: data[name] for name in _DATA if name in data}}
+    model.pretrained_cfg = {**model.pretrained_cfg, **preprocessing_of(data)}
     if args.get('class_map'):
         model.pretrained_cfg['label_names'] = _names(args, folder)
     return model, {**content, 'args': args}, 'ema' if averaged else 'raw'

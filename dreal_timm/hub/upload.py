@@ -10,10 +10,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from dreal_timm.errors import WeightsError, printable
+from dreal_timm.errors import WeightsError, printable, reason
 from dreal_timm.hub.export import check_export
 from dreal_timm.hub.fetch import explain
-from dreal_timm.hub.files import check_front_matter, read_bytes
+from dreal_timm.hub.files import check_front_matter, check_place, read_bytes
 from dreal_timm.hub.folder import SUMS, UNLISTED, check_folder, read_checksums
 from dreal_timm.hub.shapes import read_shapes
 
@@ -70,7 +70,7 @@ def _check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"'{repo}': {' '.join(str(error).split())}") from error
+        raise ValueError(f"'{repo}': {reason(error)}") from error
     if repo.count('/') != 1:
         raise ValueError(f"Name the repository as USER/NAME, got '{repo}'.")
 
@@ -122,8 +122,7 @@ def _check_card(directory: Path) -> None:
         check_front_matter(text)
         card = ModelCard(text)
     except Exception as error:  # of the YAML parser, the decoder, or the client's own
-        reason = ' '.join(str(error).split())[:150]
-        raise WeightsError(f'{what}: its front matter cannot be read ({reason}).') from error
+        raise WeightsError(f'{what}: its front matter cannot be read ({reason(error)}).') from error
     if card.data.get('library_name') != 'timm':
         raise WeightsError(f"{what}: its front matter must say 'library_name: timm'.")
 
@@ -161,13 +160,14 @@ def prepare(directory: str | Path, repo: str) -> Plan:
             raise WeightsError(f"'{directory}', {name}: it is larger than what an export writes: export again.")
     check_folder(directory, everything=True)
     _check_card(directory)
+    check_place(directory, _TENSORS)
     try:
         size = read_shapes(directory / _TENSORS)['input'][1]
         if math.prod(size) > _NUMBERS:
             raise ValueError(f'{_TENSORS} has an input of {size}, which is too large to try')
         check_export(directory)
     except Exception as error:  # of any kind, since the tensors come from a file
-        raise WeightsError(f"'{directory}': {' '.join(str(error).split())[:200]}") from error
+        raise WeightsError(f"'{directory}': {reason(error)}") from error
     sizes = {name: (directory / name).stat().st_size for name in names}
     sizes[CARD] = len(_card(directory, repo))
     return Plan(directory, repo, sizes)

@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 from torch.nn import functional as F
 
+from dreal_timm.errors import reason
 from dreal_timm.layers import GemPool
 from dreal_timm.models.sources import FETCHING, check_source
 
@@ -47,9 +48,8 @@ def _sizes(model: nn.Module, input: torch.Tensor) -> tuple[_Sizes, _Sizes, int]:
         with torch.no_grad():
             last = model.forward_features(input)  # type: ignore[operator]
     except (AssertionError, RuntimeError) as error:
-        reason = ' '.join(str(error).split())[:120]
         size = tuple(input.shape[1:])
-        raise ValueError(f'{type(model).__name__} cannot be tried with {size}{_HINT}: {reason}') from error
+        raise ValueError(f'{type(model).__name__} cannot be tried with {size}{_HINT}: {reason(error)}') from error
     finally:
         model.train(was_training)
         for handle in handles:

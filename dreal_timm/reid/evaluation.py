@@ -7,27 +7,25 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import create_loader, resolve_model_data_config
 from torch import nn
 
-from dreal_timm.hub import read_network, weights_digest
+from dreal_timm.hub import read_network
 from dreal_timm.hub.results import run_settings, training_record, training_settings
 from dreal_timm.models.reid import ReidNetwork
+from dreal_timm.provenance import preprocessing_of, versions, weights_digest
 from dreal_timm.reid.checking import unanswered
 from dreal_timm.reid.images import ReidSet, check_images
 from dreal_timm.reid.layouts import ReidData, ReidImage, open_reid, origin
 from dreal_timm.reid.metrics import CAMERA_RULES, distance_blocks, pool_queries, score
 from dreal_timm.reid.reranking import check_rerank, rerank
-from dreal_timm.version import __version__
+from dreal_timm.utils.transfer import pick_device
 
 __all__ = [
     'check_answers', 'check_apart', 'check_reranked', 'embed', 'evaluate_features', 'evaluate_network',
     'evaluate_reid', 'extract_features', 'feature_loader', 'open_checked', 'pooled_queries', 'settings_of', 'told_of',
 ]
-
-_PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
 def embed(model: Any, images: torch.Tensor) -> torch.Tensor:
@@ -114,7 +112,7 @@ def feature_loader(
     dataset = ReidSet(images, channels=preprocessing['input_size'][0])
     return create_loader(
         dataset, batch_size=batch_size, num_workers=workers, device=device, persistent_workers=False,
-        **{key: preprocessing[key] for key in _PREPROCESSING if key in preprocessing}, **kwargs)
+        **preprocessing_of(preprocessing), **kwargs)
 
 
 def check_answers(data: ReidData, camera_rule: str = 'exclude') -> None:
@@ -257,7 +255,7 @@ def evaluate_network(
         model.reset_classifier(0)  # as it is exported
     digest = weights_digest(model.state_dict())
     preprocessing = resolve_model_data_config(model)
-    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    where = pick_device(device)
     loader = feature_loader(images, preprocessing, where, batch_size, workers)
     features = extract_features(model.to(where), loader, where, flip)
     check_apart(features, metric)
@@ -273,8 +271,7 @@ def evaluate_network(
             'metric': metric, 'camera_rule': camera_rule, 'flip': flip, 'rerank': reranked,
             **({'k1': k1, 'k2': k2, 'lambda': weight} if reranked else {}), 'multi_query': multi_query},
         **metrics,
-        'preprocessing': {key: preprocessing[key] for key in _PREPROCESSING},
-        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__},
+        'preprocessing': preprocessing_of(preprocessing), 'versions': versions(),
     }
     return results, query, gallery
 

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import resolve_model_data_config
 
 from dreal_timm.hub import read_network
@@ -15,6 +14,7 @@ from dreal_timm.reid.images import check_images, why_broken
 from dreal_timm.reid.layouts import ReidImage
 from dreal_timm.reid.metrics import distance_blocks
 from dreal_timm.reid.pictures import Ranking
+from dreal_timm.utils.transfer import pick_device
 
 __all__ = ['search']
 
@@ -87,7 +87,7 @@ def search(
         raise ValueError(f"gallery: no image in {gallery} can be read.")
     images = [ReidImage(path, 0, 0) for path in (*asked, *known)]
     network: Any = read_network(model)
-    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    where = pick_device(device)
     loader = feature_loader(images, resolve_model_data_config(network), where, batch_size, workers)
     features = extract_features(network.to(where), loader, where, flip)
     query, rest = features.split([len(asked), len(known)])
