@@ -82,9 +82,14 @@ def measure(
         name: str = '',
         telling: Callable[[Audit], Collection[int]] | None = None,
 ) -> tuple[Audit, Auditor]:
-    """Audit a network on images of a loader; arguments are those of `audit`.
+    """Audit a network on images of a loader.
 
     Args:
+        model: A model with attention sites.
+        images: The images.
+        sites: Names of the sites to audit, or of modules that contain them; None are all.
+        input_size: (C, H, W) of the images, see `audit`.
+        critic: Critics of all groups of the model, whose calibration is wanted.
         name: What the network is called.
         telling: Returns the numbers of the images to keep, from an audit whose second pass has not been made.
     """
