@@ -12,7 +12,7 @@ from dreal_timm.data.images import NO_LABEL
 __all__ = ['NumberedImages', 'batches', 'draw_numbers']
 
 
-class NumberedImages(Dataset):
+class NumberedImages(Dataset[tuple[torch.Tensor, int, bool]]):
     """Images, labels, and whether the image could be read, by number.
 
     Args:

@@ -20,8 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for add in (
-            train.add_train, measure.add_commands, share.add_commands, reid.add_commands, train.add_recipes,
-            train.add_data):
+            train.add_train, measure.add_commands, share.add_commands, reid.add_commands, train.add_sources):
         add(commands)
     return parser
 

@@ -25,18 +25,6 @@ def _validate(args: argparse.Namespace) -> None:
     print(json.dumps(results, indent=2) if args.json else describe(results))
 
 
-def _add_validate(commands: Commands) -> None:
-    validate = commands.add_parser('validate', help='measure the accuracy of a network')
-    validate.add_argument('model', metavar='MODEL', help=MODEL)
-    validate.add_argument('--data', metavar='DIR', required=True, help='folder of the data set')
-    add_flags(validate, '--dataset')
-    validate.add_argument('--split', default='validation', help='split to validate on (validation)')
-    add_flags(validate, '--checkpoint', '--batch-size', '--workers', '--device', '--results')
-    validate.add_argument('--json', action='store_true', help='print all of the results as JSON')
-    add_flags(validate, '--model-kwargs', '--class-map', '--classes-by-order')
-    validate.set_defaults(function=_validate)
-
-
 def _inspect(args: argparse.Namespace) -> int:
     from dreal_timm.attention.readers import without_sites
     from dreal_timm.audit import describe_sites, format_sites
@@ -61,34 +49,11 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0 if rows else 1
 
 
-def _add_inspect(commands: Commands) -> None:
-    inspect = commands.add_parser('inspect', help='list the attention sites of a network')
-    inspect.add_argument('model', metavar='MODEL', help=MODEL)
-    inspect.add_argument(
-        'options', metavar='OPTION=VALUE', nargs='*',
-        help="options of timm.create_model, such as 'block_args={attn_layer: cbam}'")
-    add_flags(inspect, '--input-size', '--json')
-    inspect.set_defaults(function=_inspect)
-
-
 def _audit_options(args: argparse.Namespace) -> dict[str, Any]:
     keys = (
         'dataset', 'split', 'class_map', 'by_order', 'sites', 'input_size', 'num_samples', 'batch_size', 'workers',
         'device', 'seed', 'resamples', 'resume')
     return {**{key: getattr(args, key) for key in keys}, 'command': ['dreal-timm', *args.argv]}
-
-
-def _add_audit_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument('--output', metavar='DIR', default='', help='folder to write (output/COMMAND/MODEL)')
-    add_flags(command, '--dataset')
-    command.add_argument('--split', default='validation', help='split to look at (validation)')
-    command.add_argument('--sites', metavar='SITE', nargs='+', help='sites, or modules that contain them (all)')
-    add_flags(command, '--input-size')
-    command.add_argument('--num-samples', metavar='N', type=int, help='images, drawn at random (all)')
-    add_flags(command, '--batch-size', '--workers', '--device')
-    command.add_argument('--seed', type=int, default=0, help='of the draw of images and of the intervals (0)')
-    command.add_argument('--resamples', metavar='N', type=int, default=1000, help='bootstrap resamples (1000)')
-    command.add_argument('--resume', action='store_true', help='go on with one that was stopped')
 
 
 def _needs_audit(error: ModuleNotFoundError) -> ModuleNotFoundError:
@@ -108,16 +73,6 @@ def _audit(args: argparse.Namespace) -> None:
         print(f'{format_summary(done[1])}\nreport {output}/report.html')
 
 
-def _add_audit(commands: Commands) -> None:
-    audit = commands.add_parser('audit', help='measure what each attention module of a trained network is worth')
-    audit.add_argument('model', metavar='MODEL', help=MODEL)
-    audit.add_argument('--data', metavar='DIR', required=True, help='folder of the data set')
-    add_flags(audit, '--checkpoint')
-    _add_audit_flags(audit)
-    add_flags(audit, '--model-kwargs', '--class-map', '--classes-by-order')
-    audit.set_defaults(function=_audit)
-
-
 def _compare(args: argparse.Namespace) -> None:
     try:
         from dreal_timm.audit import compare_models, format_comparison
@@ -130,7 +85,47 @@ def _compare(args: argparse.Namespace) -> None:
         print(f'{format_comparison(done)}\nreport {output}/report.html')
 
 
-def _add_compare(commands: Commands) -> None:
+def _add_audit_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--output', metavar='DIR', default='', help='folder to write (output/COMMAND/MODEL)')
+    add_flags(command, '--dataset')
+    command.add_argument('--split', default='validation', help='split to look at (validation)')
+    command.add_argument('--sites', metavar='SITE', nargs='+', help='sites, or modules that contain them (all)')
+    add_flags(command, '--input-size')
+    command.add_argument('--num-samples', metavar='N', type=int, help='images, drawn at random (all)')
+    add_flags(command, '--batch-size', '--workers', '--device')
+    command.add_argument('--seed', type=int, default=0, help='of the draw of images and of the intervals (0)')
+    command.add_argument('--resamples', metavar='N', type=int, default=1000, help='bootstrap resamples (1000)')
+    command.add_argument('--resume', action='store_true', help='go on with one that was stopped')
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `validate`, `inspect`, `audit` and `compare`."""
+    validate = commands.add_parser('validate', help='measure the accuracy of a network')
+    validate.add_argument('model', metavar='MODEL', help=MODEL)
+    validate.add_argument('--data', metavar='DIR', required=True, help='folder of the data set')
+    add_flags(validate, '--dataset')
+    validate.add_argument('--split', default='validation', help='split to validate on (validation)')
+    add_flags(validate, '--checkpoint', '--batch-size', '--workers', '--device', '--results')
+    validate.add_argument('--json', action='store_true', help='print all of the results as JSON')
+    add_flags(validate, '--model-kwargs', '--class-map', '--classes-by-order')
+    validate.set_defaults(function=_validate)
+
+    inspect = commands.add_parser('inspect', help='list the attention sites of a network')
+    inspect.add_argument('model', metavar='MODEL', help=MODEL)
+    inspect.add_argument(
+        'options', metavar='OPTION=VALUE', nargs='*',
+        help="options of timm.create_model, such as 'block_args={attn_layer: cbam}'")
+    add_flags(inspect, '--input-size', '--json')
+    inspect.set_defaults(function=_inspect)
+
+    audit = commands.add_parser('audit', help='measure what each attention module of a trained network is worth')
+    audit.add_argument('model', metavar='MODEL', help=MODEL)
+    audit.add_argument('--data', metavar='DIR', required=True, help='folder of the data set')
+    add_flags(audit, '--checkpoint')
+    _add_audit_flags(audit)
+    add_flags(audit, '--model-kwargs', '--class-map', '--classes-by-order')
+    audit.set_defaults(function=_audit)
+
     compare = commands.add_parser('compare', help='compare two trained networks on the same images')
     compare.add_argument('first', metavar='A', help='as of audit, or the folder of a finished audit')
     compare.add_argument('second', metavar='B', help='the other')
@@ -139,9 +134,3 @@ def _add_compare(commands: Commands) -> None:
     _add_audit_flags(compare)
     add_flags(compare, '--class-map', '--classes-by-order')
     compare.set_defaults(function=_compare)
-
-
-def add_commands(commands: Commands) -> None:
-    """Add `validate`, `inspect`, `audit` and `compare`."""
-    for add in (_add_validate, _add_inspect, _add_audit, _add_compare):
-        add(commands)

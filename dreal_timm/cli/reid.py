@@ -34,20 +34,6 @@ def _check(args: argparse.Namespace) -> int:
     return 1 if check.problems else 0
 
 
-def _add_check(commands: Commands) -> None:
-    check = commands.add_parser('check', help='look for what is wrong with a data set')
-    check.add_argument('directory', metavar='DIR', help='folder of the data set, or a table')
-    check.add_argument('--layout', choices=tuple(LAYOUTS), default='', help='what it is (looks what it is)')
-    check.add_argument('--images', metavar='K', type=int, default=8, help='images of an identity in a batch (8)')
-    check.add_argument(
-        '--camera-rule', choices=CAMERA_RULES, default='exclude', help='rule of the evaluation (exclude)')
-    check.add_argument('--no-images', action='store_true', help='do not read the images')
-    check.add_argument('--workers', metavar='N', type=int, default=4, help='threads that read them (4)')
-    check.add_argument('--all', action='store_true', help='name all that was found, not the first three')
-    add_flags(check, '--json')
-    check.set_defaults(function=_check)
-
-
 def _at_least(args: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
         if getattr(args, name) < value:
@@ -104,27 +90,6 @@ def _eval(args: argparse.Namespace) -> None:
         draw_rankings(rank_queries(query, gallery, data, numbers, **ranking), args.picture)
 
 
-def _add_eval(commands: Commands) -> None:
-    evaluate = commands.add_parser('eval', help='measure how well a network finds identities')
-    evaluate.add_argument(
-        'model', metavar='MODEL_OR_DIR', help='folder of a run, exported folder, hf-hub:USER/NAME, or name of a model')
-    evaluate.add_argument(
-        '--data', metavar='DIR', nargs='+', required=True, help='data sets; others than its own are cross-domain')
-    evaluate.add_argument('--layout', choices=tuple(LAYOUTS), default='', help='what they are (looks what they are)')
-    evaluate.add_argument(
-        '--camera-rule', choices=CAMERA_RULES, default='exclude', help="answers of the query's own camera (exclude)")
-    evaluate.add_argument('--rerank', action='store_true', help='k-reciprocal re-ranking')
-    evaluate.add_argument('--k1', metavar='N', type=int, help='neighbours that re-ranking compares (20)')
-    evaluate.add_argument('--k2', metavar='N', type=int, help='neighbours that it averages over (6)')
-    evaluate.add_argument(
-        '--lambda', dest='weight', metavar='WEIGHT', type=float, help='weight of the first distance in it (0.3)')
-    evaluate.add_argument('--multi-query', action='store_true', help='pool the queries of an identity and a camera')
-    add_flags(evaluate, '--results')
-    evaluate.add_argument('--lists', metavar='N', type=int, default=8, help='ranked lists of the picture (8)')
-    _add_ranking_flags(evaluate)
-    evaluate.set_defaults(function=_eval)
-
-
 def _table(name: str, results: Mapping[str, Any], width: int, head: bool) -> list[str]:
     """The row of a data set, below the head of the table if it is the first."""
     title = (
@@ -158,16 +123,6 @@ def _search(args: argparse.Namespace) -> None:
         draw_rankings(rankings, args.picture)
 
 
-def _add_search(commands: Commands) -> None:
-    find = commands.add_parser('search', help='find the images of a folder that are most like a query')
-    find.add_argument('model', metavar='MODEL_OR_DIR', help='as of eval')
-    find.add_argument('--query', metavar='FILE', nargs='+', required=True, help='images, or folders of them')
-    find.add_argument('--gallery', metavar='DIR', required=True, help='folder that is searched')
-    find.add_argument('--top', metavar='N', type=int, default=10, help='length of a list (10)')
-    _add_ranking_flags(find)
-    find.set_defaults(function=_search)
-
-
 def _add_ranking_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument('--metric', choices=METRICS, default='cosine', help='distance (cosine)')
     command.add_argument('--no-flip', action='store_true', help='do not average features with the mirror image\'s')
@@ -180,5 +135,42 @@ def add_commands(commands: Commands) -> None:
     """Add `reid check`, `reid eval` and `reid search`."""
     reid = commands.add_parser('reid', help='person re-identification')
     own = reid.add_subparsers(dest='reid_command', required=True, metavar='COMMAND')
-    for add in (_add_check, _add_eval, _add_search):
-        add(own)
+
+    check = own.add_parser('check', help='look for what is wrong with a data set')
+    check.add_argument('directory', metavar='DIR', help='folder of the data set, or a table')
+    check.add_argument('--layout', choices=tuple(LAYOUTS), default='', help='what it is (looks what it is)')
+    check.add_argument('--images', metavar='K', type=int, default=8, help='images of an identity in a batch (8)')
+    check.add_argument(
+        '--camera-rule', choices=CAMERA_RULES, default='exclude', help='rule of the evaluation (exclude)')
+    check.add_argument('--no-images', action='store_true', help='do not read the images')
+    check.add_argument('--workers', metavar='N', type=int, default=4, help='threads that read them (4)')
+    check.add_argument('--all', action='store_true', help='name all that was found, not the first three')
+    add_flags(check, '--json')
+    check.set_defaults(function=_check)
+
+    evaluate = own.add_parser('eval', help='measure how well a network finds identities')
+    evaluate.add_argument(
+        'model', metavar='MODEL_OR_DIR', help='folder of a run, exported folder, hf-hub:USER/NAME, or name of a model')
+    evaluate.add_argument(
+        '--data', metavar='DIR', nargs='+', required=True, help='data sets; others than its own are cross-domain')
+    evaluate.add_argument('--layout', choices=tuple(LAYOUTS), default='', help='what they are (looks what they are)')
+    evaluate.add_argument(
+        '--camera-rule', choices=CAMERA_RULES, default='exclude', help="answers of the query's own camera (exclude)")
+    evaluate.add_argument('--rerank', action='store_true', help='k-reciprocal re-ranking')
+    evaluate.add_argument('--k1', metavar='N', type=int, help='neighbours that re-ranking compares (20)')
+    evaluate.add_argument('--k2', metavar='N', type=int, help='neighbours that it averages over (6)')
+    evaluate.add_argument(
+        '--lambda', dest='weight', metavar='WEIGHT', type=float, help='weight of the first distance in it (0.3)')
+    evaluate.add_argument('--multi-query', action='store_true', help='pool the queries of an identity and a camera')
+    add_flags(evaluate, '--results')
+    evaluate.add_argument('--lists', metavar='N', type=int, default=8, help='ranked lists of the picture (8)')
+    _add_ranking_flags(evaluate)
+    evaluate.set_defaults(function=_eval)
+
+    find = own.add_parser('search', help='find the images of a folder that are most like a query')
+    find.add_argument('model', metavar='MODEL_OR_DIR', help='as of eval')
+    find.add_argument('--query', metavar='FILE', nargs='+', required=True, help='images, or folders of them')
+    find.add_argument('--gallery', metavar='DIR', required=True, help='folder that is searched')
+    find.add_argument('--top', metavar='N', type=int, default=10, help='length of a list (10)')
+    _add_ranking_flags(find)
+    find.set_defaults(function=_search)

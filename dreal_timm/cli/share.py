@@ -61,7 +61,17 @@ def _export(args: argparse.Namespace) -> None:
           f"model = timm.create_model('local-dir:{folder}', pretrained=True)")
 
 
-def _add_export(commands: Commands) -> None:
+def _push(args: argparse.Namespace) -> None:
+    from dreal_timm.hub import prepare, push
+    if args.dry_run:
+        print(f'{prepare(args.directory, args.repo)}\nnothing was sent')
+        return
+    done = push(args.directory, args.repo, args.private, args.create_pr, args.tag, args.message)
+    print(f"{'sent' if done.changed else 'nothing has changed, and nothing was sent'}: {done.url}")
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `export` and `push`."""
     export = commands.add_parser('export', help='export the network of a run, or of a checkpoint, as a folder')
     export.add_argument(
         'source', metavar='RUN_OR_CHECKPOINT',
@@ -83,17 +93,6 @@ def _add_export(commands: Commands) -> None:
     add_flags(export, '--class-map', '--classes-by-order')
     export.set_defaults(function=_export)
 
-
-def _push(args: argparse.Namespace) -> None:
-    from dreal_timm.hub import prepare, push
-    if args.dry_run:
-        print(f'{prepare(args.directory, args.repo)}\nnothing was sent')
-        return
-    done = push(args.directory, args.repo, args.private, args.create_pr, args.tag, args.message)
-    print(f"{'sent' if done.changed else 'nothing has changed, and nothing was sent'}: {done.url}")
-
-
-def _add_push(commands: Commands) -> None:
     push = commands.add_parser('push', help='send an exported folder to the Hugging Face Hub')
     push.add_argument('directory', metavar='DIR', help='exported folder')
     push.add_argument('repo', metavar='USER/NAME', help='repository, which is created where there is none')
@@ -103,9 +102,3 @@ def _add_push(commands: Commands) -> None:
     push.add_argument('--tag', metavar='TAG', default='', help='tag to give to the commit')
     push.add_argument('--message', metavar='TEXT', default='', help='message of the commit')
     push.set_defaults(function=_push)
-
-
-def add_commands(commands: Commands) -> None:
-    """Add `export` and `push`."""
-    _add_export(commands)
-    _add_push(commands)

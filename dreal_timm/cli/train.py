@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreal_timm.cli.flags import Commands
 
-__all__ = ['add_data', 'add_recipes', 'add_train']
+__all__ = ['add_sources', 'add_train']
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -47,15 +47,6 @@ def _recipes(args: argparse.Namespace) -> None:
         print(f'{name:20} {title}')
 
 
-def add_recipes(commands: Commands) -> None:
-    """Add `recipes`."""
-    recipes = commands.add_parser('recipes', help='list the recipes of the package, or copy one')
-    recipes.add_argument('--copy', metavar='NAME', default='', help='recipe to copy')
-    recipes.add_argument('--keys', action='store_true', help='list the keys of a recipe with their defaults')
-    recipes.add_argument('--to', metavar='PATH', default='.', help='where to copy it to (this folder)')
-    recipes.set_defaults(function=_recipes)
-
-
 def _data(args: argparse.Namespace) -> None:
     from dreal_timm.data import prepare_digits, prepare_fashion_mnist, prepare_glyphs
     if args.name == 'glyphs':
@@ -70,8 +61,14 @@ def _data(args: argparse.Namespace) -> None:
     print(f"{args.directory}: {counts['train']:,} images to train on, {parts}")
 
 
-def add_data(commands: Commands) -> None:
-    """Add `data`."""
+def add_sources(commands: Commands) -> None:
+    """Add `recipes` and `data`."""
+    recipes = commands.add_parser('recipes', help='list the recipes of the package, or copy one')
+    recipes.add_argument('--copy', metavar='NAME', default='', help='recipe to copy')
+    recipes.add_argument('--keys', action='store_true', help='list the keys of a recipe with their defaults')
+    recipes.add_argument('--to', metavar='PATH', default='.', help='where to copy it to (this folder)')
+    recipes.set_defaults(function=_recipes)
+
     data = commands.add_parser('data', help='prepare a small real data set')
     data.add_argument('name', choices=('digits', 'fashion-mnist', 'glyphs'), help='data set')
     data.add_argument('directory', metavar='DIR', help='folder to write')

@@ -95,7 +95,7 @@ def check_config(directory: str | Path) -> dict[str, Any]:
     check_place(directory, CONFIG)
     what = f"'{directory}', {CONFIG}"
     try:
-        config = read_json(directory / CONFIG, _BYTES, finite=True)
+        config: dict[str, Any] = read_json(directory / CONFIG, _BYTES, finite=True)
     except (OSError, ValueError) as error:
         raise WeightsError(f'{what}: it cannot be read ({reason(error)}).') from error
     try:

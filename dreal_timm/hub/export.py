@@ -128,7 +128,7 @@ def _write_config(
     path = directory / 'config.json'
     save_config_for_hf(
         model, str(path), model_config=changes, data_config=None if data_config is None else dict(data_config))
-    config = json.loads(path.read_text(encoding='utf-8'))
+    config: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
     arguments = config.get('model_args', {})
     if arguments.get('num_classes') == config['num_classes']:
         del arguments['num_classes']

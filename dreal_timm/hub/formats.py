@@ -19,6 +19,7 @@ from dreal_timm.provenance import preprocessing_of, versions
 __all__ = ['FORMATS', 'TOLERANCE', 'export_format']
 
 FORMATS = {'onnx': 'model.onnx', 'torch-export': 'model.pt2'}
+_PACKAGES = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'torch-export': ()}
 TOLERANCE = 1e-4  # of a logit, where logits are about 1 or less; else of the largest
 _BATCHES = (1, 3)  # sizes beside that of all images, since a program can be bound to the one it was traced with
 Program = Callable[[torch.Tensor], torch.Tensor]
@@ -49,6 +50,9 @@ def _write_program(model: nn.Module, example: torch.Tensor, path: Path) -> Progr
     torch.export.save(program, content)
     path.write_bytes(content.getbuffer())
     return torch.export.load(path).module()
+
+
+_WRITERS = {'onnx': _write_onnx, 'torch-export': _write_program}
 
 
 @torch.no_grad()
@@ -106,24 +110,22 @@ def export_format(
     data = timm.data.resolve_model_data_config(plain)
     noise = torch.randn(8, *data['input_size'], generator=torch.Generator().manual_seed(0))
     with new_folder(directory) as folder:
-        write = _write_onnx if format == 'onnx' else _write_program
         try:
-            program = write(plain, noise[:2], folder / FORMATS[format])
+            program = _WRITERS[format](plain, noise[:2], folder / FORMATS[format])
         except OSError:
             raise
         except Exception as error:  # the exporters raise all kinds
             raise RuntimeError(f'{format}: the network cannot be exported: {reason(error)}') from error
         compared = {'noise': noise} if images is None else {'noise': noise, 'images': images}
-        packages = ('onnx', 'onnxscript', 'onnxruntime') if format == 'onnx' else ()
-        told = {
+        record = {
             'architecture': plain.pretrained_cfg['architecture'],
             **preprocessing_of(data),
             'label_names': list(label_names or plain.pretrained_cfg.get('label_names') or []) or None,
             'largest_difference': {
                 name: {'count': len(batch), 'logit': _compare(program, plain, batch, f'{format}, {name}')}
                 for name, batch in compared.items()},
-            'versions': {**versions(), **{name: version(name) for name in packages}},
+            'versions': {**versions(), **{name: version(name) for name in _PACKAGES[format]}},
         }
-        (folder / 'preprocessing.json').write_text(json.dumps(told, indent=2) + '\n', encoding='utf-8')
+        (folder / 'preprocessing.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
         (folder / SUMS).write_text(checksums(folder), encoding='utf-8')
     return directory

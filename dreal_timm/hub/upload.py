@@ -178,6 +178,12 @@ def _card(directory: Path, repo: str) -> bytes:
     return read_bytes(directory / CARD, _CARD_BYTES).replace(b'hf-hub:USER/NAME', f'hf-hub:{repo}'.encode())
 
 
+def _additions(plan: Plan) -> list[CommitOperationAdd]:
+    return [
+        CommitOperationAdd(name, _card(plan.directory, plan.repo) if name == CARD else plan.directory / name)
+        for name in plan.files]
+
+
 def _stale(plan: Plan, present: set[str]) -> list[CommitOperationDelete]:
     return [CommitOperationDelete(name) for name in sorted(present - plan.files.keys()) if name.startswith(_OWN)]
 
@@ -194,7 +200,7 @@ def _create(api: HfApi, repo: str, private: bool) -> bool:
 
 
 def _remove(api: HfApi, repo: str) -> str:
-    """Remove a repository that this push created, if no commit of it has arrived; return what is to be told."""
+    """Remove a repository that this push created, if no commit of it has arrived; return what became of it."""
     try:
         info = api.model_info(repo, timeout=10)
         if any(sibling.rfilename != '.gitattributes' for sibling in info.siblings or ()):
@@ -236,33 +242,29 @@ def push(
         raise ValueError('A pull request has no commit of the repository yet that could get a tag: give it later.')
     plan = prepare(directory, repo)
     check_target(repo)
-    added = [
-        CommitOperationAdd(name, _card(plan.directory, repo) if name == CARD else plan.directory / name)
-        for name in plan.files]
-    api, created = HfApi(), False
+    api, created, added = HfApi(), False, _additions(plan)
     try:
         created = not create_pr and _create(api, repo, private)
         info = api.model_info(repo, timeout=10)
         if tag and any(known.name == tag for known in api.list_repo_refs(repo).tags):
             raise WeightsError(f"'{repo}' has a tag '{tag}' already: nothing was sent.")
         present = {sibling.rfilename for sibling in info.siblings or ()}
-        done = api.create_commit(
+        commit = api.create_commit(
             repo, [*added, *_stale(plan, present)], commit_message=message or f'Upload {plan.directory.name}',
             create_pr=create_pr, parent_commit=info.sha)
     except Exception as error:  # the client's own, and those of the two libraries that it sends requests with
-        told = _remove(api, repo) if created else ''
+        left = _remove(api, repo) if created else ''
         if isinstance(error, WeightsError):
             raise
-        raise WeightsError(f"'{repo}': it was not sent: {explain(error, repo)}{told}.") from error
+        raise WeightsError(f"'{repo}': it was not sent: {explain(error, repo)}{left}.") from error
     except KeyboardInterrupt:
         if created:
             _remove(api, repo)
         raise
     if tag:
         try:
-            api.create_tag(repo, tag=tag, revision=done.oid)
+            api.create_tag(repo, tag=tag, revision=commit.oid)
         except Exception as error:
             raise WeightsError(
-                f"'{repo}': it was sent, as {done.oid}, but has no tag '{tag}': {explain(error, repo)}.") from error
-    changed = done.oid != info.sha
-    return Pushed(str(done.pr_url or done.commit_url), done.oid, changed)
+                f"'{repo}': it was sent, as {commit.oid}, but has no tag '{tag}': {explain(error, repo)}.") from error
+    return Pushed(str(commit.pr_url or commit.commit_url), commit.oid, commit.oid != info.sha)

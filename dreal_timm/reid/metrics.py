@@ -118,9 +118,10 @@ def score(
     Args:
         blocks: Distances of the queries in their order to the whole gallery, a block of queries after the other, each
             (B, G). They are changed in place.
-        query_pids, gallery_pids: Identities, (Q,) and (G,) int64. Junk (-1) must not be among them; a query of
-            identity 0 has no answer.
-        query_camids, gallery_camids: Cameras, (Q,) and (G,) int64.
+        query_pids: Identities of the queries, (Q,) int64, without junk (-1); a query of identity 0 has no answer.
+        gallery_pids: Identities of the gallery, (G,) int64, without junk.
+        query_camids: Cameras of the queries, (Q,) int64.
+        gallery_camids: Cameras of the gallery, (G,) int64.
         camera_rule: 'exclude' leaves out what the gallery has of a query's identity from the query's camera; 'ignore'
             does not look at cameras.
 
@@ -227,8 +228,10 @@ def retrieve(
     Args:
         query: Features of the queries, (Q, C).
         gallery: Features of the gallery, (G, C), on the same device.
-        query_pids, gallery_pids: Identities, (Q,) and (G,) int64.
-        query_camids, gallery_camids: Cameras, (Q,) and (G,) int64.
+        query_pids: Identities of the queries, (Q,) int64.
+        gallery_pids: Identities of the gallery, (G,) int64.
+        query_camids: Cameras of the queries, (Q,) int64.
+        gallery_camids: Cameras of the gallery, (G,) int64.
         metric: 'cosine' or 'euclidean'.
         camera_rule: See `score`.
 

@@ -8,12 +8,13 @@ image, a vector with an entry for each image, is held by its few entries that ar
 Shapes: Q queries, G images of the gallery, N = Q + G images, C features, K neighbours, E entries.
 """
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from dreal_timm.reid.metrics import distance_blocks
 
-__all__ = ['check_rerank', 'rerank']
+__all__ = ['Reranking', 'rerank']
 
 _PAIRS = 8_000_000  # numbers of a block of what is compared or gathered
 
@@ -124,16 +125,24 @@ def _overlaps(
         yield found.view(last - first, gallery)
 
 
-def check_rerank(total: int, k1: int, k2: int, weight: float) -> None:
-    """Raise a ValueError if so many images, queries and gallery, cannot be re-ranked by these numbers."""
-    if k1 < 1 or not 1 <= k2 <= k1 + 1:
-        raise ValueError(f'k1 and k2: expected k1 of 1 or more and k2 from 1 to k1 + 1, got {k1} and {k2}.')
-    if not 0 <= weight <= 1:
-        raise ValueError(f'lambda: expected a weight from 0 to 1, got {weight}.')
-    if k1 >= total:
-        raise ValueError(
-            f'k1: {k1} neighbours of each of {total} images, queries and gallery, are asked for, who have {total - 1}: '
-            'choose a lower k1.')
+@dataclass(frozen=True)
+class Reranking:
+    """Numbers of a re-ranking, the arguments of `rerank`."""
+    k1: int = 20
+    k2: int = 6
+    weight: float = 0.3
+
+    def check(self, total: int) -> None:
+        """Raise a ValueError if so many images, queries and gallery, cannot be re-ranked by these numbers."""
+        k1, k2 = self.k1, self.k2
+        if k1 < 1 or not 1 <= k2 <= k1 + 1:
+            raise ValueError(f'k1 and k2: expected k1 of 1 or more and k2 from 1 to k1 + 1, got {k1} and {k2}.')
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f'lambda: expected a weight from 0 to 1, got {self.weight}.')
+        if k1 >= total:
+            raise ValueError(
+                f'k1: {k1} neighbours of each of {total} images, queries and gallery, are asked for, who have '
+                f'{total - 1}: choose a lower k1.')
 
 
 def rerank(
@@ -158,7 +167,7 @@ def rerank(
         ValueError: A number is out of range, or features are not finite.
     """
     total = len(query) + len(gallery)
-    check_rerank(total, k1, k2, weight)
+    Reranking(k1, k2, weight).check(total)
     features = torch.cat([query, gallery])
     if not features.isfinite().all():
         raise ValueError('A feature is not finite: the network gives features that are not numbers.')

@@ -29,7 +29,7 @@ class _Output:
 
     def write(self, text: str) -> int:
         """Write a text, with its lines."""
-        return self._stream.write(printable(text, keep=_LINES))
+        return int(self._stream.write(printable(text, keep=_LINES)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
