@@ -23,7 +23,7 @@ ALLOWED = {
     'probes': {'attention', 'replay', 'reward', 'trainable', 'utils'},
     'config': {'probes', 'replay'},
     'task': METHOD | {'config', 'utils'},
-    'data': {'errors'},
+    'data': {'errors', 'utils'},
     'hub': METHOD | NETWORKS | BASE,
     'audit': METHOD | NETWORKS | BASE,
     'reid': METHOD | NETWORKS | BASE,

@@ -125,7 +125,7 @@ class Auditor:
         with self._evaluating(), ExitStack() as stack:
             readings = stack.enter_context(record(self.model, watched))
             norms = stack.enter_context(record_norms(self.model))
-            kept = stack.enter_context(keep_inputs(self.model, sorted(needed)))
+            inputs = stack.enter_context(keep_inputs(self.model, sorted(needed)))
             logits = self.model(images)
             if not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
                 raise ValueError(
@@ -135,7 +135,7 @@ class Auditor:
                 raise ValueError('The network gives logits that are no numbers: it cannot be audited.')
             quality = self._judge(readings)
         draws.after = rng_state(images.device)
-        judged = Judged(images, norms, draws, kept)
+        judged = Judged(images, norms, draws, inputs)
         if not self._tried:
             self._try(judged, logits, target)
         maps = {site.name: readings[site.name].attention for site in self.sites}

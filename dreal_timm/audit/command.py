@@ -87,7 +87,7 @@ def audit_model(
         subject.model, data_dir, settings.dataset, settings.split, settings.class_map, settings.input_size,
         settings.by_order)
     measured = audit_folder(subject, images, output, settings, {
-        'data': str(data_dir), 'dataset': settings.dataset, 'split': settings.split, 'classes': images.match.told()})
+        'data': str(data_dir), 'dataset': settings.dataset, 'split': settings.split, 'classes': images.match.summary()})
     if measured is None:
         return None
     audit, auditor = measured

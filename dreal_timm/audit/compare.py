@@ -53,11 +53,11 @@ def _same_images(first: Audit, second: Audit) -> bool:
     pairs = set(zip(first.target.tolist(), second.target.tolist(), strict=True))
     if not len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs}):
         return False  # two classes of one name
-    told = [
+    labels = [
         [unicodedata.normalize('NFC', own.get(str(output), f'class {output}')) for output in outputs]
         for own, outputs in zip(names, zip(*pairs, strict=True), strict=True)
     ]
-    return told[0] == told[1]
+    return labels[0] == labels[1]
 
 
 def compare_audits(first: Audit, second: Audit, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:

@@ -70,20 +70,10 @@ def _tensors(sums: MapSums) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class _Share:
-    """The parts of the images that this process measures.
-
-    Attributes:
-        images: The images.
-        parts: Parts of all processes.
-        numbers: Numbers of the images of each part.
-        rank: Number of this process.
-        count: Number of the processes.
-        settings: Settings of the audit.
-        device: Device of this process.
-    """
+    """The parts of the images that this process, of so many, measures."""
     images: NumberedImages
     parts: Parts
-    numbers: Sequence[Sequence[int]]
+    numbers: Sequence[Sequence[int]]  # of the images of each part
     rank: int
     count: int
     settings: AuditSettings

@@ -59,9 +59,9 @@ class Parts:
             before = self.plan
         differing = [key for key in {**before, **self.plan} if before.get(key) != self.plan.get(key)]
         if differing:
-            told = ', '.join(f'{key} {before.get(key)} -> {self.plan.get(key)}' for key in differing)
+            changes = ', '.join(f'{key} {before.get(key)} -> {self.plan.get(key)}' for key in differing)
             raise ValueError(
-                f'{self.directory.parent} holds the beginning of another audit ({told[:300]}): '
+                f'{self.directory.parent} holds the beginning of another audit ({changes[:300]}): '
                 'choose another folder, or give the settings that it had.'
             )
         self.directory.mkdir(parents=True, exist_ok=True)

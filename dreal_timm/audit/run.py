@@ -29,7 +29,7 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 def first_pass(auditor: Auditor, images: Batches) -> tuple[dict[str, torch.Tensor], MapSums]:
     """Return what the first pass measures of some images: tensors by the names in `Audit`, and sums of maps."""
-    kept: dict[str, list[torch.Tensor]] = {}
+    columns: dict[str, list[torch.Tensor]] = {}
     sums = MapSums()
     for pixels, target, number in images:
         if not len(target):
@@ -38,16 +38,16 @@ def first_pass(auditor: Auditor, images: Batches) -> tuple[dict[str, torch.Tenso
         mean = auditor.without(seen)
         null = auditor.again(seen) if sums.count < _NULL else None
         sums.add(seen.maps)
-        found = dict(
+        measured = dict(
             number=number, target=target, log_p=seen.answer.log_p, right=seen.answer.right, mean_log_p=mean.log_p,
             mean_right=mean.right, quality=seen.quality,
             null_log_p=torch.full_like(mean.log_p, torch.nan) if null is None else null.log_p,
             null_right=seen.answer.right[:, None].expand_as(mean.right) if null is None else null.right,
         )
-        for name, tensor in found.items():
+        for name, tensor in measured.items():
             if tensor is not None:
-                kept.setdefault(name, []).append(tensor.cpu())
-    return {name: torch.cat(tensors) for name, tensors in kept.items()}, sums
+                columns.setdefault(name, []).append(tensor.cpu())
+    return {name: torch.cat(tensors) for name, tensors in columns.items()}, sums
 
 
 def second_pass(auditor: Auditor, images: Batches, means: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

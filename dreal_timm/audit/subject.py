@@ -104,6 +104,6 @@ def open_images(
     """
     size = get_model_input_config(model)['input_size'] if input_size is None else input_size
     data = resolve_data_config({'input_size': tuple(size)}, model=model)
-    found, match = open_for(
+    opened, match = open_for(
         model, dataset, data_dir, split, class_map=class_map, by_order=by_order, channels=data['input_size'][0])
-    return NumberedImages(found, data, match)
+    return NumberedImages(opened, data, match)

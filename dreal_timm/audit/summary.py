@@ -13,6 +13,7 @@ import torch
 from dreal_timm.audit.calibration import calibrate
 from dreal_timm.audit.intervals import bootstrap
 from dreal_timm.audit.result import MARGIN, Audit
+from dreal_timm.utils.terminal import text_table
 
 __all__ = ['COLUMNS', 'caution', 'format_summary', 'summarize', 'write_csv']
 
@@ -155,8 +156,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     """Return the figures as a text table; 'finding' tells of rewards, see `summarize`."""
     network = summary['network']
     level = f"{100 * summary['settings']['level']:.0f}% interval"
-    head = ('site', 'reward', level, 'finding', 'top-1', 'log p', 'against constant', 'helps', 'hurts', 'input')
-    table = [head]
+    table = [('site', 'reward', level, 'finding', 'top-1', 'log p', 'against constant', 'helps', 'hurts', 'input')]
     for row in summary['sites']:
         share = row['map_input_share']
         table.append((
@@ -171,18 +171,10 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             f"{row['hurts']:.0%}",
             '' if share is None else f'{share:.0%}',
         ))
-    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
-    lines = [
-        '  '.join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in table
-    ]
     return '\n'.join([
         f"{network['images']:,} images, top-1 {network['top1']:.2f} % (wrong: {network['wrong']:.2f} %), mean "
         f"log-likelihood {network['log_likelihood']:.4f}",
-        *lines,
+        *text_table(table),
         *filter(None, [caution(network['right'])]),
     ])
 

@@ -8,7 +8,7 @@ from typing import Any
 from dreal_timm.cli.flags import Commands, add_flags
 from dreal_timm.hub import read_network
 from dreal_timm.reid.checking import check_reid
-from dreal_timm.reid.evaluation import check_reranked, evaluate_network, open_checked, told_of
+from dreal_timm.reid.evaluation import check_reranked, evaluate_network, open_checked, record_of
 from dreal_timm.reid.layouts import LAYOUTS, open_reid
 from dreal_timm.reid.metrics import CAMERA_RULES, METRICS
 from dreal_timm.reid.pictures import check_kind, draw_rankings, rank_queries
@@ -75,7 +75,7 @@ def _eval(args: argparse.Namespace) -> None:
         results, query, gallery = evaluate_network(
             network, data, flip=not args.no_flip, multi_query=args.multi_query, batch_size=args.batch_size,
             workers=args.workers, device=args.device, **ranking)
-        records.append(told_of(args.model, place, results))
+        records.append(record_of(args.model, place, results))
         if not args.json:
             width = max(len('data'), *(len(str(other)) for other in args.data))
             print('\n'.join(_table(str(place), results, width, head=len(records) == 1)), flush=True)

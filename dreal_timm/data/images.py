@@ -59,8 +59,8 @@ def read_image(source: str | Path | BinaryIO, mode: str, name: str = '') -> Imag
     except MemoryError:
         raise
     except Exception as error:  # PIL raises of all kinds for a broken file
-        told = reason(error, most=None).replace(f" '{source}'", '')
-        raise UnreadableImageError(f"'{name}' cannot be read: {told}") from None
+        why = reason(error, most=None).replace(f" '{source}'", '')
+        raise UnreadableImageError(f"'{name}' cannot be read: {why}") from None
     return image.convert(mode) if mode[0] in 'IF' else _eight_bits(image, name).convert(mode)
 
 

@@ -17,9 +17,9 @@ from torch import nn
 
 from dreal_timm.hub.card import write_card
 from dreal_timm.hub.folder import SUMS, checksums
-from dreal_timm.hub.scratch import new_folder
 from dreal_timm.models.dreal_resnet import timm_architecture
 from dreal_timm.models.reid import ReidNetwork, portable_arguments
+from dreal_timm.utils.scratch import new_folder
 
 __all__ = ['check_export', 'check_plain', 'describe_network', 'export', 'halved']
 

@@ -31,12 +31,12 @@ def check_plain(path: str | Path, limit: int | None = None) -> int:
         OSError: No such file, or a link that leads nowhere.
         ValueError: It is a pipe, a device or a folder, or it is larger.
     """
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f'it is {_KINDS.get(stat.filemode(found.st_mode)[0], "something else")}, and no plain file')
-    if limit is not None and found.st_size > limit:
-        raise ValueError(f'it has {found.st_size:,} bytes, where {limit:,} are the most')
-    return found.st_size
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f'it is {_KINDS.get(stat.filemode(status.st_mode)[0], "something else")}, and no plain file')
+    if limit is not None and status.st_size > limit:
+        raise ValueError(f'it has {status.st_size:,} bytes, where {limit:,} are the most')
+    return status.st_size
 
 
 def check_place(directory: Path, name: str) -> None:
@@ -145,8 +145,8 @@ def read_yaml(path: str | Path, limit: int = 2 ** 16) -> Any:
 
 def check_front_matter(card: str) -> None:
     """Raise a ValueError if the YAML at the head of a card cannot be read, or grows while it is."""
-    found = re.match(r'\s*---\s*?\n(.*?)\n---', card.replace('\r\n', '\n'), re.DOTALL)
-    if found and len(found[1]) > _FRONT:
-        raise ValueError(f'it has {len(found[1]):,} characters, where {_FRONT:,} are the most')
-    if found:
-        _parse_yaml(found[1].encode())
+    match = re.match(r'\s*---\s*?\n(.*?)\n---', card.replace('\r\n', '\n'), re.DOTALL)
+    if match and len(match[1]) > _FRONT:
+        raise ValueError(f'it has {len(match[1]):,} characters, where {_FRONT:,} are the most')
+    if match:
+        _parse_yaml(match[1].encode())

@@ -37,13 +37,13 @@ def read_checksums(directory: Path) -> dict[str, str]:
         lines = read_bytes(directory / SUMS, 2 ** 20).decode('utf-8').splitlines()
     except (OSError, ValueError) as error:
         raise WeightsError(f'{what}: it cannot be read ({reason(error)}): export the network again.') from error
-    found: dict[str, str] = {}
+    sums: dict[str, str] = {}
     for line in lines:
         match = re.fullmatch('([0-9a-f]{64})  ([A-Za-z0-9._][A-Za-z0-9._/ -]*)', line)
-        if match is None or '..' in PurePosixPath(match[2]).parts or match[2] in found:
+        if match is None or '..' in PurePosixPath(match[2]).parts or match[2] in sums:
             raise WeightsError(f'{what}: it has a line that is none of a list of files: export the network again.')
-        found[match[2]] = match[1]
-    return found
+        sums[match[2]] = match[1]
+    return sums
 
 
 def _compare(directory: Path, name: str, expected: dict[str, str]) -> None:

@@ -13,8 +13,8 @@ from torch import nn
 from dreal_timm.errors import reason
 from dreal_timm.hub.export import check_plain
 from dreal_timm.hub.folder import SUMS, checksums
-from dreal_timm.hub.scratch import new_folder
 from dreal_timm.provenance import preprocessing_of, versions
+from dreal_timm.utils.scratch import new_folder
 
 __all__ = ['FORMATS', 'TOLERANCE', 'export_format']
 

@@ -165,11 +165,8 @@ def weights_of(checkpoint: Any, path: Path, weights: str) -> tuple[dict[str, tor
 
     Args:
         checkpoint: What `read_checkpoint` returned.
-        path: Where it is from, for messages.
+        path: Where it is from, for the WeightsError that tells that it has no such weights.
         weights: 'raw', 'ema' (the moving average), or 'auto': the moving average where there is one.
-
-    Raises:
-        WeightsError: It has no such weights.
     """
     keys = checkpoint if isinstance(checkpoint, Mapping) else {}
     averaged = weights == 'ema' or (weights == 'auto' and 'state_dict_ema' in keys)

@@ -31,12 +31,7 @@ def is_timm_run(path: str | Path) -> bool:
 
 
 def _arguments(folder: Path, model_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What train.py was called with, and its options of the model with those of the user: the folder may be anybody's.
-
-    Raises:
-        ValueError: The arguments cannot be read, or name no model that timm has.
-        WeightsError: They would fetch or open something.
-    """
+    """What train.py was called with, and the options of the model with a user's own; the folder may be anybody's."""
     file = folder / _ARGUMENTS
     try:
         args = yaml.safe_load(file.read_text(encoding='utf-8'))

@@ -23,8 +23,19 @@ from dreal_timm.reid.reranking import Reranking, rerank
 from dreal_timm.utils.transfer import pick_device
 
 __all__ = [
-    'check_answers', 'check_apart', 'check_reranked', 'embed', 'evaluate_features', 'evaluate_network',
-    'evaluate_reid', 'extract_features', 'feature_loader', 'open_checked', 'pooled_queries', 'settings_of', 'told_of',
+    'check_answers',
+    'check_apart',
+    'check_reranked',
+    'embed',
+    'evaluate_features',
+    'evaluate_network',
+    'evaluate_reid',
+    'extract_features',
+    'feature_loader',
+    'open_checked',
+    'pooled_queries',
+    'record_of',
+    'settings_of',
 ]
 
 
@@ -306,7 +317,7 @@ def evaluate_reid(
     """
     data = open_checked(directory, layout, options.get('camera_rule', 'exclude'))
     results, query, gallery = evaluate_network(read_network(model), data, **options)
-    return told_of(model, directory, results), data, query, gallery
+    return record_of(model, directory, results), data, query, gallery
 
 
 def open_checked(directory: str | Path, layout: str = '', camera_rule: str = 'exclude') -> ReidData:
@@ -323,7 +334,7 @@ def open_checked(directory: str | Path, layout: str = '', camera_rule: str = 'ex
     return data
 
 
-def told_of(model: str | Path, directory: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
+def record_of(model: str | Path, directory: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return results with the names of network and data, and with what its folder tells of the training."""
     return {
         'model': str(model), 'data': str(directory), **results,

@@ -45,12 +45,12 @@ class Retrieval:
         """
         valid = self.first > 0
         count = int(valid.sum())
-        found: dict[str, float] = {
+        metrics: dict[str, float] = {
             f'rank{rank}': 100 * (valid & (self.first <= rank)).sum().item() / count if count else float('nan')
             for rank in ranks}
         for name, values in (('mAP', self.average_precision), ('mINP', self.inverse_penalty)):
-            found[name] = 100 * values[valid].mean().item()
-        return {**found, 'queries': count, 'skipped': len(valid) - count}
+            metrics[name] = 100 * values[valid].mean().item()
+        return {**metrics, 'queries': count, 'skipped': len(valid) - count}
 
 
 def rank_matches(
@@ -80,8 +80,8 @@ def rank_matches(
         places = index.new_empty(distances.shape[1])
         order = distances[row].sort(stable=True).indices
         places[order] = torch.arange(1, len(order) + 1, device=order.device)
-        found = places[index[row][match[row]]].sort().values
-        ranks[row, :len(found)] = found
+        own = places[index[row][match[row]]].sort().values
+        ranks[row, :len(own)] = own
     return ranks
 
 
@@ -139,7 +139,7 @@ def score(
     low = torch.searchsorted(ordered, wanted)
     count = torch.searchsorted(ordered, wanted, right=True) - low
     few = torch.arange(min(int(count.max()), _MANY) if len(count) else 0, device=order.device)
-    found, places, start = [_summed_up(few.new_zeros(0, len(few)))], [few[:0]], 0
+    parts, places, start = [_summed_up(few.new_zeros(0, len(few)))], [few[:0]], 0
     for block in blocks:
         rows = torch.arange(start, start + len(block), device=order.device)
         if start + len(block) > len(query_pids) or block.shape[1] != len(gallery_pids):
@@ -156,14 +156,14 @@ def score(
             if camera_rule == 'ignore':
                 ignored = torch.zeros_like(meant)
             distances = block if len(some) == len(block) else block[some - start]
-            found.append(_summed_up(rank_matches(distances, index, meant & ~ignored, ignored)))
+            parts.append(_summed_up(rank_matches(distances, index, meant & ~ignored, ignored)))
             places.append(some)
         start += len(block)
     if start != len(query_pids):
         raise ValueError(f'Distances are those of {start} queries, and there are {len(query_pids)}.')
     sorting = torch.cat(places).argsort()
     return Retrieval(*(torch.cat(values)[sorting] for values in zip(*(
-        (part.first, part.average_precision, part.inverse_penalty) for part in found), strict=True)))
+        (part.first, part.average_precision, part.inverse_penalty) for part in parts), strict=True)))
 
 
 def _summed_up(ranks: torch.Tensor) -> Retrieval:

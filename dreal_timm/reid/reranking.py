@@ -37,12 +37,12 @@ def _neighbours(features: torch.Tensor, count: int, metric: str) -> tuple[torch.
 
 def _mutual(near: torch.Tensor) -> torch.Tensor:
     """Which of the neighbours have the image among their own, (N, K)."""
-    found = []
+    blocks = []
     size = max(1, _PAIRS // near.shape[1] ** 2)
     for start in range(0, len(near), size):
         rows = torch.arange(start, min(start + size, len(near)), device=near.device)
-        found.append((near[near[rows]] == rows[:, None, None]).any(2))
-    return torch.cat(found)
+        blocks.append((near[near[rows]] == rows[:, None, None]).any(2))
+    return torch.cat(blocks)
 
 
 def _expanded(near: torch.Tensor, half: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,12 +69,12 @@ def _expanded(near: torch.Tensor, half: torch.Tensor) -> tuple[torch.Tensor, tor
 def _pair_distances(features: torch.Tensor, first: torch.Tensor, second: torch.Tensor, metric: str) -> torch.Tensor:
     if metric == 'cosine':
         features = torch.nn.functional.normalize(features, dim=1)
-    found = []
+    blocks = []
     size = max(1, _PAIRS // features.shape[1])
     for a, b in zip(first.split(size), second.split(size), strict=True):
         pair = features[a], features[b]
-        found.append(1 - (pair[0] * pair[1]).sum(1) if metric == 'cosine' else (pair[0] - pair[1]).square().sum(1))
-    return torch.cat(found)
+        blocks.append(1 - (pair[0] * pair[1]).sum(1) if metric == 'cosine' else (pair[0] - pair[1]).square().sum(1))
+    return torch.cat(blocks)
 
 
 def _averaged(
@@ -117,12 +117,12 @@ def _overlaps(
     for first in range(0, queries, size):
         last = min(first + size, queries)
         part = slice(entries[first - 1] if first else 0, entries[last - 1])
-        found = weight.new_zeros((last - first) * gallery)
+        sums = weight.new_zeros((last - first) * gallery)
         for some in torch.arange(part.start, part.stop, device=owner.device).split(max(1, _PAIRS // 200)):
             place, which = _ragged(start[member[some]], length[member[some]])
             lesser = torch.minimum(weight[some][which], values[place])
-            found.index_add_(0, (owner[some][which] - first) * gallery + images[place], lesser)
-        yield found.view(last - first, gallery)
+            sums.index_add_(0, (owner[some][which] - first) * gallery + images[place], lesser)
+        yield sums.view(last - first, gallery)
 
 
 @dataclass(frozen=True)

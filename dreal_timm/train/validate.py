@@ -130,7 +130,7 @@ def measure_split(
     architecture = model.pretrained_cfg['architecture']
     return {
         'data': str(config.data_dir), 'dataset': config.dataset, 'split': config.val_split,
-        'unreadable': unread, 'classes': match.told(), **metrics,
+        'unreadable': unread, 'classes': match.summary(), **metrics,
         'architecture': timm_architecture(architecture) or architecture,
         'weights_sha256': digest,
         'preprocessing': preprocessing_of(data), 'versions': versions(),
