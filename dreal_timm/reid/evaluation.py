@@ -258,9 +258,8 @@ def evaluate_network(
         Results, and the features of queries and gallery.
     """
     model: Any = network
-    pooled = data.extra if multi_query else []
-    images = [*data.query, *data.gallery, *pooled]
-    numbers = Reranking(**reranking)
+    extra_images = data.extra if multi_query else []
+    images = [*data.query, *data.gallery, *extra_images]
     if reranked:
         check_reranked(data, multi_query, **reranking)
     if isinstance(model, ReidNetwork):
@@ -271,9 +270,9 @@ def evaluate_network(
     loader = feature_loader(images, preprocessing, where, batch_size, workers)
     features = extract_features(model.to(where), loader, where, flip)
     check_apart(features, metric)
-    query, gallery, extra = features.split([len(data.query), len(data.gallery), len(pooled)])
+    query, gallery, extra = features.split([len(data.query), len(data.gallery), len(extra_images)])
     metrics = evaluate_features(
-        query, gallery, data, metric, camera_rule, reranked, extra if pooled else None, multi_query, **reranking)
+        query, gallery, data, metric, camera_rule, reranked, extra if extra_images else None, multi_query, **reranking)
     if not metrics['queries']:
         raise ValueError(f"'{data.root}': no image of the gallery answers any of the queries, of which each is pooled.")
     results = {
@@ -281,8 +280,7 @@ def evaluate_network(
         'dataset': f'reid/{data.layout}', 'split': 'query', 'samples': len(data.query) + len(data.gallery),
         'settings': {
             'metric': metric, 'camera_rule': camera_rule, 'flip': flip, 'rerank': reranked,
-            **({'k1': numbers.k1, 'k2': numbers.k2, 'lambda': numbers.weight} if reranked else {}),
-            'multi_query': multi_query},
+            **(Reranking(**reranking).settings() if reranked else {}), 'multi_query': multi_query},
         **metrics,
         'preprocessing': preprocessing_of(preprocessing), 'versions': versions(),
     }

@@ -132,6 +132,10 @@ class Reranking:
     k2: int = 6
     weight: float = 0.3
 
+    def settings(self) -> dict[str, float]:
+        """Return them by the names that results have."""
+        return {'k1': self.k1, 'k2': self.k2, 'lambda': self.weight}
+
     def check(self, total: int) -> None:
         """Raise a ValueError if so many images, queries and gallery, cannot be re-ranked by these numbers."""
         k1, k2 = self.k1, self.k2
