@@ -52,9 +52,6 @@ def _write_program(model: nn.Module, example: torch.Tensor, path: Path) -> Progr
     return torch.export.load(path).module()
 
 
-_WRITERS = {'onnx': _write_onnx, 'torch-export': _write_program}
-
-
 @torch.no_grad()
 def _compare(program: Program, model: nn.Module, images: torch.Tensor, what: str) -> float:
     """Largest difference of a logit; a RuntimeError if it is too large."""
@@ -110,8 +107,9 @@ def export_format(
     data = timm.data.resolve_model_data_config(plain)
     noise = torch.randn(8, *data['input_size'], generator=torch.Generator().manual_seed(0))
     with new_folder(directory) as folder:
+        write = _write_onnx if format == 'onnx' else _write_program
         try:
-            program = _WRITERS[format](plain, noise[:2], folder / FORMATS[format])
+            program = write(plain, noise[:2], folder / FORMATS[format])
         except OSError:
             raise
         except Exception as error:  # the exporters raise all kinds
