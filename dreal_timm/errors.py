@@ -8,7 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-__all__ = ['UNREADABLE', 'WeightsError', 'nearest', 'one_line', 'printable', 'was_interrupted', 'why_unreadable']
+__all__ = [
+    'UNREADABLE', 'WeightsError', 'nearest', 'one_line', 'printable', 'reason', 'was_interrupted', 'why_unreadable']
 
 # what the readers of weight files raise for one that is broken or foreign
 UNREADABLE = (RuntimeError, KeyError, EOFError, OSError, struct.error, pickle.UnpicklingError, SafetensorError)
@@ -30,6 +31,17 @@ def printable(text: str, keep: str = '') -> str:
     """
     return ''.join(
         sign if sign.isprintable() or sign in keep else sign.encode('unicode_escape').decode() for sign in text)
+
+
+def reason(error: BaseException, most: int | None = 200) -> str:
+    """Return why something failed as a line of visible characters, for the middle of another message.
+
+    Args:
+        error: What was raised; of the system's own errors, what they say without number and file.
+        most: Characters of it; None are all.
+    """
+    text = (error.strerror if isinstance(error, OSError) else '') or str(error)
+    return printable(' '.join(text.split())[:most]) or type(error).__name__
 
 
 def one_line(error: BaseException) -> str:

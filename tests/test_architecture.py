@@ -10,19 +10,20 @@ import dreal_timm
 
 ROOT = Path(dreal_timm.__file__).parent
 METHOD = {'attention', 'config', 'critic', 'losses', 'options', 'probes', 'replay', 'reward', 'rotation', 'trainable'}
-BASE = {'errors', 'utils', 'version'}
+BASE = {'errors', 'provenance', 'utils', 'version'}
 NETWORKS = {'data', 'hub', 'layers', 'models'}
 ALLOWED = {
     **{name: set[str]() for name in (
         'version', 'errors', 'layers', 'replay', 'critic', 'reward', 'rotation', 'losses', 'options')},
     'utils': {'errors'},
-    'models': {'layers'},
+    'provenance': {'version'},
+    'models': {'errors', 'layers'},
     'attention': {'layers', 'replay'},
     'trainable': {'attention', 'critic', 'replay', 'rotation'},
     'config': {'options'},
     'probes': {'attention', 'config', 'replay', 'reward', 'trainable', 'utils'},
     'task': METHOD | {'utils'},
-    'data': {'errors'},
+    'data': {'errors', 'utils'},
     'hub': METHOD | NETWORKS | BASE,
     'audit': METHOD | NETWORKS | BASE,
     'reid': METHOD | NETWORKS | BASE,

@@ -185,7 +185,7 @@ class Auditor:
         if self.critic is None:
             return None
         maps = {name: reading.attention for name, reading in readings.items()}
-        quality = self.critic(*stack_readings(self.groups, readings, maps))
+        quality: torch.Tensor = self.critic(*stack_readings(self.groups, readings, maps))
         order = [site.name for group in self.groups for site in group.sites]
         return quality[:, [order.index(site.name) for site in self.sites]]
 

@@ -16,7 +16,7 @@ from dreal_timm.attention.sites import Group
 from dreal_timm.audit.result import Audit
 from dreal_timm.critic import CELLS, Critic
 from dreal_timm.hub.loading import read_checkpoint
-from dreal_timm.hub.results import weights_digest
+from dreal_timm.provenance import weights_digest
 
 __all__ = ['calibrate', 'load_critic', 'reliability']
 

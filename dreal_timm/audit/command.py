@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from timm.utils import unwrap_model
 from torch import nn
@@ -16,9 +15,9 @@ from dreal_timm.audit.loader import LoaderImages
 from dreal_timm.audit.report import draw_figures, write_report
 from dreal_timm.audit.result import Audit
 from dreal_timm.audit.run import measure
+from dreal_timm.audit.settings import AuditSettings
 from dreal_timm.audit.subject import load_subject, open_images
 from dreal_timm.audit.summary import summarize, write_csv
-from dreal_timm.critic import Critic
 
 __all__ = ['audit_model', 'audit_network', 'check_output', 'save_figures']
 
@@ -49,22 +48,11 @@ def audit_model(
         data_dir: str,
         output: str | Path,
         *,
-        dataset: str = '',
-        split: str = 'validation',
         checkpoint: str = '',
         model_kwargs: Mapping[str, Any] | None = None,
-        class_map: str = '',
-        by_order: bool = False,
-        sites: Sequence[str] | None = None,
-        input_size: Sequence[int] | None = None,
-        num_samples: int | None = None,
-        batch_size: int = 128,
-        workers: int = 2,
-        device: str | None = None,
-        seed: int = 0,
-        resamples: int = 1000,
         resume: bool = False,
         command: Sequence[str] = (),
+        **options: Any,
 ) -> tuple[Audit, dict[str, Any]] | None:
     """Measure what each attention module of a trained network is worth, and write numbers, figures and a report.
 
@@ -77,22 +65,11 @@ def audit_model(
             looked at as well, or of timm's train.py.
         data_dir: Folder of the data set.
         output: Folder to write.
-        dataset: Kind and name of the data set as in a recipe; empty is an image folder.
-        split: Its split.
         checkpoint: File with weights to load, in place of the model's published ones.
         model_kwargs: Options of `timm.create_model` that the checkpoint needs.
-        class_map: File with the names of all classes, where the network does not know those of the data set.
-        by_order: Take the classes of the data set in their order.
-        sites: Names of the sites to audit, or of modules that contain them; None are all.
-        input_size: (C, H, W) of the images; None is the model's own.
-        num_samples: Number of images, drawn at random; None are all.
-        batch_size: Images a batch.
-        workers: Loader processes.
-        device: Device; None takes an accelerator where there is one.
-        seed: Seed of the draw of images and of the intervals.
-        resamples: Bootstrap resamples.
         resume: Go on with an audit of the same settings that was stopped.
         command: Command line to name in the report.
+        **options: Which images and how, the attributes of `AuditSettings`.
 
     Returns:
         The audit and its summary (see `summarize`), on the process of rank 0; None on others.
@@ -102,23 +79,23 @@ def audit_model(
         FileNotFoundError: The network, the data or the checkpoint is missing.
         ValueError: The network has no attention site, or does not fit its weights or the data.
     """
+    settings = AuditSettings(**options)
     output = Path(output)
     check_output(output, resume)
-    subject = load_subject(model, checkpoint, input_size, model_kwargs)
-    images = open_images(subject.model, data_dir, dataset, split, class_map, input_size, by_order)
-    place = None if device is None else torch.device(device)
-    done = audit_folder(
-        subject, images, output, sites, input_size, num_samples, batch_size, workers, place, seed,
-        provenance={'data': str(data_dir), 'dataset': dataset, 'split': split, 'classes': images.match.told()},
-    )
-    if done is None:
+    subject = load_subject(model, checkpoint, settings.input_size, model_kwargs)
+    images = open_images(
+        subject.model, data_dir, settings.dataset, settings.split, settings.class_map, settings.input_size,
+        settings.by_order)
+    measured = audit_folder(subject, images, output, settings, {
+        'data': str(data_dir), 'dataset': settings.dataset, 'split': settings.split, 'classes': images.match.summary()})
+    if measured is None:
         return None
-    audit, auditor = done
+    audit, auditor = measured
     if audit.unreadable:
         _logger.warning(
             f'{len(audit.unreadable)} images could not be read and are left out: {", ".join(audit.unreadable[:5])}')
     examples = collect_examples(audit, auditor, images, next(subject.model.parameters()).device)
-    summary = summarize(audit, resamples=resamples, seed=seed)
+    summary = summarize(audit, resamples=settings.resamples, seed=settings.seed)
     runs = [model] if (Path(model) / 'summary.csv').is_file() and audit.quality is not None else []
     label = Path(model).name if Path(model).is_dir() else model
     _write(output, label, audit, summary, examples, runs, command)
@@ -150,26 +127,27 @@ def audit_network(
         output: str | Path | None = None,
         *,
         name: str = '',
-        sites: Sequence[str] | None = None,
-        input_size: Sequence[int] | None = None,
-        critic: Critic | None = None,
         batch_size: int = 128,
         workers: int = 0,
         seed: int = 0,
         resamples: int = 1000,
+        **options: Any,
 ) -> tuple[Audit, dict[str, Any]]:
     """Measure what each attention module of a network in memory is worth, on a loader of one's own.
 
-    It is `audit_model` for what is not in files: of `audit`, whose other arguments it has, it makes the same summary
-    and, where a folder is named, the same files.
+    It is `audit_model` for what is not in files: of `audit` it makes the same summary and, where a folder is named, the
+    same files.
 
     Args:
         model: A model with attention sites.
         data: Batches of images (B, C, H, W) and class indices (B,), or a data set, see `audit`. It is read twice.
         output: Folder to write; None writes none.
         name: What the network is called in the report; empty is its architecture.
+        batch_size: Images a batch, of a data set.
+        workers: Loader processes, of a data set.
         seed: Seed of the intervals.
         resamples: Bootstrap resamples.
+        **options: `sites`, `input_size` and `critic`, see `audit`.
 
     Returns:
         The audit and its summary (see `summarize`).
@@ -183,10 +161,10 @@ def audit_network(
     model = unwrap_model(model)
     images = LoaderImages(data, model, batch_size, workers)
     telling = None if output is None else telling_numbers
-    found, auditor = measure(model, images, sites, input_size, critic, name, telling)
-    summary = summarize(found, resamples=resamples, seed=seed)
+    result, auditor = measure(model, images, name=name, telling=telling, **options)
+    summary = summarize(result, resamples=resamples, seed=seed)
     if output is not None:
-        examples = collect_examples(found, auditor, images, images.like.device)
+        examples = collect_examples(result, auditor, images, images.like.device)
         Path(output).mkdir(parents=True, exist_ok=True)
-        _write(Path(output), found.provenance['model'], found, summary, examples)
-    return found, summary
+        _write(Path(output), result.provenance['model'], result, summary, examples)
+    return result, summary

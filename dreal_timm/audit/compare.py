@@ -53,11 +53,11 @@ def _same_images(first: Audit, second: Audit) -> bool:
     pairs = set(zip(first.target.tolist(), second.target.tolist(), strict=True))
     if not len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs}):
         return False  # two classes of one name
-    told = [
+    labels = [
         [unicodedata.normalize('NFC', own.get(str(output), f'class {output}')) for output in outputs]
         for own, outputs in zip(names, zip(*pairs, strict=True), strict=True)
     ]
-    return told[0] == told[1]
+    return labels[0] == labels[1]
 
 
 def compare_audits(first: Audit, second: Audit, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -154,6 +154,40 @@ def _labels(models: Sequence[str]) -> list[str]:
     return labels if labels[0] != labels[1] else [str(model) for model in models]
 
 
+def _audit_both(models: Sequence[str], output: Path, data_dir: str, options: Mapping[str, Any]) -> list[Path] | None:
+    """Return the folders of both finished audits; None on a process that another one writes them for."""
+    if data_dir and not any((folder / 'audit.json').is_file() for folder in (Path(models[1]), output / 'second')):
+        load_subject(models[1], input_size=options.get('input_size'))  # an error before the first is measured
+    folders = [
+        _audited(model, output / part, data_dir, options)
+        for model, part in zip(models, ('first', 'second'), strict=True)
+    ]
+    return folders if all((folder / 'audit.json').is_file() for folder in folders) else None
+
+
+def _write(
+        output: Path,
+        folders: Mapping[str, Path],
+        audits: Mapping[str, Audit],
+        comparison: Mapping[str, Any],
+        command: Sequence[str],
+) -> None:
+    """Write all files of a comparison of finished audits, which are in folders, by the names of their networks."""
+    summaries = {name: read_summary(folder, audits[name]) for name, folder in folders.items()}
+    examples = {name: Examples.load(folder) for name, folder in folders.items()}
+    drawn = draw_figures(audits, summaries, examples)
+    output.mkdir(parents=True, exist_ok=True)
+    save_figures(output / 'figures', drawn)
+    headline = html.escape(format_comparison({**comparison, 'sites': []}))
+    write_report(output / 'report.html', audits, summaries, examples, drawn, command, f'<p>{headline}</p>')
+    if comparison['sites']:
+        with (output / 'compare.csv').open('w', encoding='utf-8', newline='') as file:
+            writer = csv.DictWriter(file, list(comparison['sites'][0]))
+            writer.writeheader()
+            writer.writerows(comparison['sites'])
+    write_json(output / 'compare.json', comparison)
+
+
 def compare_models(
         models: Sequence[str],
         output: str | Path,
@@ -195,28 +229,12 @@ def compare_models(
     if len(set(names)) != 2:
         raise ValueError(f'A comparison needs two networks of different names, got {" and ".join(names)}.')
     options = {'resamples': resamples, 'resume': resume, 'command': command, **options}
-    if data_dir and not any((folder / 'audit.json').is_file() for folder in (Path(models[1]), output / 'second')):
-        load_subject(models[1], input_size=options.get('input_size'))  # an error before the first is measured
-    folders = [
-        _audited(model, output / part, data_dir, options)
-        for model, part in zip(models, ('first', 'second'), strict=True)
-    ]
-    if not all((folder / 'audit.json').is_file() for folder in folders):
-        return None  # another process writes them
+    folders = _audit_both(models, output, data_dir, options)
+    if folders is None:
+        return None
     audits = {name: Audit.load(folder) for name, folder in zip(names, folders, strict=True)}
-    comparison = compare_audits(audits[names[0]], audits[names[1]], resamples, options.get('seed', 0))
-    summaries = {name: read_summary(folder, audits[name]) for name, folder in zip(names, folders, strict=True)}
-    examples = {name: Examples.load(folder) for name, folder in zip(names, folders, strict=True)}
-    drawn = draw_figures(audits, summaries, examples)
-    output.mkdir(parents=True, exist_ok=True)
-    save_figures(output / 'figures', drawn)
-    content = {'schema_version': SCHEMA_VERSION, 'first': names[0], 'second': names[1], **comparison}
-    told = html.escape(format_comparison({**content, 'sites': []}))
-    write_report(output / 'report.html', audits, summaries, examples, drawn, command, f'<p>{told}</p>')
-    if comparison['sites']:
-        with (output / 'compare.csv').open('w', encoding='utf-8', newline='') as file:
-            writer = csv.DictWriter(file, list(comparison['sites'][0]))
-            writer.writeheader()
-            writer.writerows(comparison['sites'])
-    write_json(output / 'compare.json', content)
-    return content
+    comparison = {
+        'schema_version': SCHEMA_VERSION, 'first': names[0], 'second': names[1],
+        **compare_audits(audits[names[0]], audits[names[1]], resamples, options.get('seed', 0))}
+    _write(output, dict(zip(names, folders, strict=True)), audits, comparison, command)
+    return comparison

@@ -131,8 +131,8 @@ def gain_along_depth(summaries: Mapping[str, Mapping[str, Any]], key: str = 'rew
         style: dict[str, Any] = dict(marker='os'[index % 2], ms=3.5, color=COLORS[index % len(COLORS)])
         axis.errorbar(
             middle, [place + shift for place, _ in known], xerr=bars, ls='', lw=1.2, mfc='none', label=label, **style)
-        found = [(place + shift, row[one]) for place, row in known if row[f'{one}_finding']]
-        axis.plot([value for _, value in found], [place for place, _ in found], ls='', **style)
+        findings = [(place + shift, row[one]) for place, row in known if row[f'{one}_finding']]
+        axis.plot([value for _, value in findings], [place for place, _ in findings], ls='', **style)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set_xlabel(labels[key.removeprefix('constant_')])

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from dreal_timm.audit.images import NumberedImages, batches, draw_numbers
 from dreal_timm.audit.maps import MapSums
 from dreal_timm.audit.parts import Parts, cut
 from dreal_timm.audit.result import Audit
-from dreal_timm.audit.run import Batches, first_pass, result, second_pass, versions
+from dreal_timm.audit.run import Batches, first_pass, result, second_pass
+from dreal_timm.audit.settings import AuditSettings
 from dreal_timm.audit.sites import describe_sites
 from dreal_timm.audit.subject import Subject
-from dreal_timm.hub.results import weights_digest
+from dreal_timm.provenance import versions, weights_digest
+from dreal_timm.utils.transfer import pick_device
 
 __all__ = ['audit_folder', 'processes', 'remove_parts']
 
@@ -41,10 +44,9 @@ def processes() -> Iterator[tuple[int, int]]:
     dist.barrier()
 
 
-def _own_device(device: torch.device | None) -> torch.device:
+def _own_device(device: torch.device | str | None) -> torch.device:
     """Return the device of this process: of several GPUs, each process of a machine takes one."""
-    if device is None:
-        device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = pick_device(device)
     if device.type == 'cuda' and device.index is None:
         return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
     return device
@@ -66,37 +68,58 @@ def _tensors(sums: MapSums) -> dict[str, torch.Tensor]:
     return {**tensors, 'count': torch.tensor(sums.count)}
 
 
-class _Pass:
-    """One of the two passes of this process over its parts of the images, with a progress bar."""
+@dataclass(frozen=True)
+class _Share:
+    """The parts of the images that this process, of so many, measures."""
+    images: NumberedImages
+    parts: Parts
+    numbers: Sequence[Sequence[int]]  # of the images of each part
+    rank: int
+    count: int
+    settings: AuditSettings
+    device: torch.device
 
-    def __init__(self, name: str, parts: Parts, numbers: Sequence[Sequence[int]], rank: int, count: int):
-        self.name = name
-        self.parts = parts
-        mine = [index for index in range(len(numbers)) if index % count == rank]
-        self.left = [index for index in mine if not parts.done(name, index)]
-        self.numbers = [numbers[index] for index in self.left]
-        total = sum(len(numbers[index]) for index in mine)
-        self.bar = tqdm(
-            total=total, initial=total - sum(map(len, self.numbers)), desc=f'audit, {name} pass', unit='img',
-            disable=rank > 0)
+    def run(self, phase: str, measure: Callable[[Batches], Mapping[str, torch.Tensor]]) -> None:
+        """Measure the parts that are not done, with a progress bar, and wait for the other processes."""
+        own = range(self.rank, len(self.numbers), self.count)
+        left = [index for index in own if not self.parts.done(phase, index)]
+        numbers = [self.numbers[index] for index in left]
+        total = sum(len(self.numbers[index]) for index in own)
+        loaded = batches(self.images, numbers, self.settings.batch_size, self.settings.workers, self.device)
+        with tqdm(
+                total=total, initial=total - sum(map(len, numbers)), desc=f'audit, {phase} pass', unit='img',
+                disable=self.rank > 0) as bar:
+            for index, batch in zip(left, loaded, strict=True):
+                self.parts.save(phase, index, measure(_counted(batch, bar)))
+        self.wait()
 
-    def run(
-            self,
-            images: NumberedImages,
-            batch_size: int,
-            workers: int,
-            device: torch.device,
-            measure: Callable[[Batches], Mapping[str, torch.Tensor]],
-    ) -> None:
-        loaded = batches(images, self.numbers, batch_size, workers, device)
-        with self.bar:
-            for index, batch in zip(self.left, loaded, strict=True):
-                self.parts.save(self.name, index, measure(self._counted(batch)))
+    def wait(self) -> None:
+        """Wait for the other processes."""
+        if self.count > 1:
+            dist.barrier()
 
-    def _counted(self, batch: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for one in batch:
-            yield one
-            self.bar.update(len(one[2]))
+
+def _counted(batch: Batches, bar: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    for one in batch:
+        yield one
+        bar.update(len(one[2]))
+
+
+def _measure(auditor: Auditor, share: _Share) -> tuple[dict[str, torch.Tensor], MapSums]:
+    """Both passes over the images: what was measured of each, in their order, and sums of the maps."""
+    def first(batch: Batches) -> dict[str, torch.Tensor]:
+        samples, sums = first_pass(auditor, batch)
+        return {**samples, **_tensors(sums)}
+
+    share.run('first', first)
+    samples, sums = _gather(share.parts, len(share.numbers))
+    means = sums.means() if sums.count else {}
+    share.run('second', lambda batch: second_pass(auditor, batch, means))
+    if share.rank == 0:
+        constant = [part for index in range(len(share.numbers)) if (part := share.parts.load('second', index))]
+        for name in ('constant_log_p', 'constant_right'):
+            samples[name] = torch.cat([part[name] for part in constant])
+    return samples, sums
 
 
 def _gather(parts: Parts, count: int) -> tuple[dict[str, torch.Tensor], MapSums]:
@@ -115,13 +138,7 @@ def audit_folder(
         subject: Subject,
         images: NumberedImages,
         directory: Path,
-        sites: Sequence[str] | None = None,
-        input_size: Sequence[int] | None = None,
-        num_samples: int | None = None,
-        batch_size: int = 128,
-        workers: int = 2,
-        device: torch.device | None = None,
-        seed: int = 0,
+        settings: AuditSettings,
         provenance: Mapping[str, Any] | None = None,
 ) -> tuple[Audit, Auditor] | None:
     """Audit a network on a data set, in steps that are kept in `directory`/parts until they are removed.
@@ -132,13 +149,7 @@ def audit_folder(
         subject: The network.
         images: The images.
         directory: Folder of the audit.
-        sites: Names of the sites to audit, or of modules that contain them; None are all.
-        input_size: (C, H, W) of the images; None is the model's own.
-        num_samples: Number of images, drawn at random; None are all.
-        batch_size: Images a batch.
-        workers: Loader processes.
-        device: Device; None takes an accelerator where there is one.
-        seed: Seed of the draw of images.
+        settings: Which of the images, and how.
         provenance: What else is to be said of where the numbers come from.
 
     Returns:
@@ -147,56 +158,38 @@ def audit_folder(
     Raises:
         ValueError: The model has no site or none of such a name, or the folder holds parts of another audit.
     """
-    if batch_size < 1:
-        raise ValueError(f'batch_size must be 1 or more, got {batch_size}.')
-    begun = time.time()
-    model = subject.model
+    if settings.batch_size < 1:
+        raise ValueError(f'batch_size must be 1 or more, got {settings.batch_size}.')
+    start, input_size = time.time(), settings.input_size
     with processes() as (rank, count):
-        device = _own_device(device)
-        rows = describe_sites(model, input_size)
+        device = _own_device(settings.device)
+        rows = describe_sites(subject.model, input_size)
         critic = None if subject.critic is None else subject.critic.to(device)
-        auditor = Auditor(model.to(device), sites, input_size, critic)
-        numbers = cut(draw_numbers(len(images), num_samples, seed))
-        settings = {
+        auditor = Auditor(subject.model.to(device), settings.sites, input_size, critic)
+        numbers = cut(draw_numbers(len(images), settings.num_samples, settings.seed))
+        plan = {
             'weights': subject.weights, 'critic': critic is not None,
             'critic_sha256': None if critic is None else weights_digest(critic.state_dict()),
-            'images': len(images), 'part': len(numbers[0]),
-            'num_samples': sum(map(len, numbers)), 'seed': seed, 'sites': [site.name for site in auditor.sites],
+            'images': len(images), 'part': len(numbers[0]), 'num_samples': sum(map(len, numbers)),
+            'seed': settings.seed, 'sites': [site.name for site in auditor.sites],
             'input_size': None if input_size is None else list(input_size), **(provenance or {}),
         }
-        parts = Parts(directory / 'parts', settings)
+        share = _Share(images, Parts(directory / 'parts', plan), numbers, rank, count, settings, device)
         if rank == 0:
-            parts.begin()
-        if count > 1:
-            dist.barrier()
-
-        def first(batch: Batches) -> dict[str, torch.Tensor]:
-            samples, sums = first_pass(auditor, batch)
-            return {**samples, **_tensors(sums)}
-
-        _Pass('first', parts, numbers, rank, count).run(images, batch_size, workers, device, first)
-        if count > 1:
-            dist.barrier()
-        samples, sums = _gather(parts, len(numbers))
-        means = sums.means() if sums.count else {}
-        _Pass('second', parts, numbers, rank, count).run(
-            images, batch_size, workers, device, lambda batch: second_pass(auditor, batch, means))
-        if count > 1:
-            dist.barrier()
+            share.parts.begin()
+        share.wait()
+        samples, sums = _measure(auditor, share)
     if rank:
         return None
-    constant = [part for index in range(len(numbers)) if (part := parts.load('second', index))]
-    for name in ('constant_log_p', 'constant_right'):
-        samples[name] = torch.cat([part[name] for part in constant])
     read = set(samples['number'].tolist())
     audited = result(
         auditor, samples, sums, rows=rows,
         unreadable=[images.filename(number) for part in numbers for number in part if number not in read],
         provenance={
-            'model': subject.name, 'checkpoint': subject.checkpoint, **settings,
+            'model': subject.name, 'checkpoint': subject.checkpoint, **plan,
             'label_names': subject.model.pretrained_cfg.get('label_names'), 'class_names': images.class_names(),
-            'seconds': round(time.time() - begun, 1), 'processes': count, 'device': str(device),
-            'versions': versions(),
+            'seconds': round(time.time() - start, 1), 'processes': count, 'device': str(device),
+            'versions': versions(python=True),
         },
     )
     return audited, auditor

@@ -12,7 +12,7 @@ from dreal_timm.data.images import NO_LABEL
 __all__ = ['NumberedImages', 'batches', 'draw_numbers']
 
 
-class NumberedImages(Dataset):
+class NumberedImages(Dataset[tuple[torch.Tensor, int, bool]]):
     """Images, labels, and whether the image could be read, by number.
 
     Args:
@@ -44,11 +44,11 @@ class NumberedImages(Dataset):
         names = class_names(self.dataset)
         if names is None:
             return None
-        found: dict[str, str] = {}
+        by_output: dict[str, str] = {}
         for name, output in zip(names, self.match.outputs or range(len(names)), strict=True):
             key = str(output)  # as JSON has it
-            found[key] = f'{found[key]}, {name}' if key in found else name
-        return found
+            by_output[key] = f'{by_output[key]}, {name}' if key in by_output else name
+        return by_output
 
     def filename(self, number: int) -> str:
         """Return the path of an image in the data set's folder, or its number where it has none."""

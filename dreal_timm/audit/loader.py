@@ -81,10 +81,10 @@ class LoaderImages:
         self.unreadable = []
         for index, batch in enumerate(self._batches()):
             pixels, target = _parts(batch)
-            found = _print(pixels, target)
+            prints = _print(pixels, target)
             if not again:
-                self._prints.append(found)
-            elif index >= len(self._prints) or not _same(found, self._prints[index]):
+                self._prints.append(prints)
+            elif index >= len(self._prints) or not _same(prints, self._prints[index]):
                 raise ValueError(_CHANGED)
             number = torch.arange(count, count + len(target))
             count += len(target)
@@ -108,8 +108,8 @@ def _parts(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f'Batches must be images and class indices, got {type(batch).__name__}.')
     pixels, target = batch[0], torch.as_tensor(batch[1])
     if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4 or not pixels.is_floating_point():
-        told = f'{tuple(pixels.shape)} {pixels.dtype}' if isinstance(pixels, torch.Tensor) else type(pixels).__name__
-        raise ValueError(f'Images must be normalised tensors of floats, (B, C, H, W), got {told}.')
+        given = f'{tuple(pixels.shape)} {pixels.dtype}' if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+        raise ValueError(f'Images must be normalised tensors of floats, (B, C, H, W), got {given}.')
     if target.shape != pixels.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f'Class indices must be integers (B,), got {tuple(target.shape)} {target.dtype}.')
     return pixels, target.long()
@@ -122,5 +122,5 @@ def _print(pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.stack([flat @ places, target.cpu().double()], dim=1)
 
 
-def _same(found: torch.Tensor, before: torch.Tensor) -> bool:
-    return found.shape == before.shape and torch.allclose(found, before, rtol=1e-9, atol=1e-6, equal_nan=True)
+def _same(prints: torch.Tensor, before: torch.Tensor) -> bool:
+    return prints.shape == before.shape and torch.allclose(prints, before, rtol=1e-9, atol=1e-6, equal_nan=True)

@@ -6,7 +6,6 @@ failing disk changed, is as good as none.
 """
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreal_timm.errors import UNREADABLE
-from dreal_timm.utils.files import write_text
+from dreal_timm.provenance import hash_tensor
+from dreal_timm.utils.files import replacing, write_text
 
 __all__ = ['Parts', 'cut', 'write_json']
 
@@ -59,9 +59,9 @@ class Parts:
             before = self.plan
         differing = [key for key in {**before, **self.plan} if before.get(key) != self.plan.get(key)]
         if differing:
-            told = ', '.join(f'{key} {before.get(key)} -> {self.plan.get(key)}' for key in differing)
+            changes = ', '.join(f'{key} {before.get(key)} -> {self.plan.get(key)}' for key in differing)
             raise ValueError(
-                f'{self.directory.parent} holds the beginning of another audit ({told[:300]}): '
+                f'{self.directory.parent} holds the beginning of another audit ({changes[:300]}): '
                 'choose another folder, or give the settings that it had.'
             )
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -71,12 +71,10 @@ class Parts:
         return self.directory / f'{phase}-{part:06}.safetensors'
 
     def _hash(self, tensors: Mapping[str, torch.Tensor]) -> str:
-        found = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode())
         for name in sorted(tensors):
-            tensor = tensors[name].contiguous()
-            found.update(f'{name} {list(tensor.shape)} {tensor.dtype}\n'.encode())
-            found.update(tensor.numpy().tobytes())
-        return found.hexdigest()
+            hash_tensor(digest, name, tensors[name])
+        return digest.hexdigest()
 
     def done(self, phase: str, part: int) -> bool:
         """Return whether a part is there, whole and of this plan."""
@@ -85,19 +83,16 @@ class Parts:
             return False
         try:
             with safe_open(path, 'pt') as file:
-                names = file.keys()
-                found = self._hash({name: file.get_tensor(name) for name in names})
-                return found == (file.metadata() or {}).get('sha256')
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+                return self._hash(tensors) == (file.metadata() or {}).get('sha256')
         except UNREADABLE:
             return False
 
     def save(self, phase: str, part: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a part."""
-        path = self._path(phase, part)
-        scratch = path.with_name(f'.{path.name}.{os.getpid()}')
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, scratch, {'sha256': self._hash(tensors)})
-        os.replace(scratch, path)
+        with replacing(self._path(phase, part)) as scratch:
+            save_file(tensors, scratch, {'sha256': self._hash(tensors)})
 
     def load(self, phase: str, part: int) -> dict[str, torch.Tensor]:
         """Read a part that is done."""

@@ -4,11 +4,9 @@ Two passes over the images: the first measures the network as it is, its maps, a
 replaced by its mean; the second, what it says with each replaced by the mean map of the data set, which is known then.
 Of some images the first also measures what roundings alone do: the null pass.
 """
-import platform
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import timm
 import torch
 from timm.utils import unwrap_model
 from torch import nn
@@ -20,27 +18,18 @@ from dreal_timm.audit.result import Audit
 from dreal_timm.audit.sites import describe_sites
 from dreal_timm.critic import Critic
 from dreal_timm.data.classes import names_of_config
-from dreal_timm.hub.results import weights_digest
-from dreal_timm.version import __version__
+from dreal_timm.provenance import versions, weights_digest
 
-__all__ = ['Batches', 'audit', 'first_pass', 'measure', 'result', 'second_pass', 'versions']
+__all__ = ['Batches', 'audit', 'first_pass', 'measure', 'result', 'second_pass']
 
 _NULL = 256  # images of a part of the data set that the null pass looks at
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that numbers are measured with."""
-    return {
-        'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
-        'dreal_timm': __version__,
-    }
-
-
 def first_pass(auditor: Auditor, images: Batches) -> tuple[dict[str, torch.Tensor], MapSums]:
     """Return what the first pass measures of some images: tensors by the names in `Audit`, and sums of maps."""
-    kept: dict[str, list[torch.Tensor]] = {}
+    columns: dict[str, list[torch.Tensor]] = {}
     sums = MapSums()
     for pixels, target, number in images:
         if not len(target):
@@ -49,16 +38,16 @@ def first_pass(auditor: Auditor, images: Batches) -> tuple[dict[str, torch.Tenso
         mean = auditor.without(seen)
         null = auditor.again(seen) if sums.count < _NULL else None
         sums.add(seen.maps)
-        found = dict(
+        measured = dict(
             number=number, target=target, log_p=seen.answer.log_p, right=seen.answer.right, mean_log_p=mean.log_p,
             mean_right=mean.right, quality=seen.quality,
             null_log_p=torch.full_like(mean.log_p, torch.nan) if null is None else null.log_p,
             null_right=seen.answer.right[:, None].expand_as(mean.right) if null is None else null.right,
         )
-        for name, tensor in found.items():
+        for name, tensor in measured.items():
             if tensor is not None:
-                kept.setdefault(name, []).append(tensor.cpu())
-    return {name: torch.cat(tensors) for name, tensors in kept.items()}, sums
+                columns.setdefault(name, []).append(tensor.cpu())
+    return {name: torch.cat(tensors) for name, tensors in columns.items()}, sums
 
 
 def second_pass(auditor: Auditor, images: Batches, means: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -93,9 +82,14 @@ def measure(
         name: str = '',
         telling: Callable[[Audit], Collection[int]] | None = None,
 ) -> tuple[Audit, Auditor]:
-    """Audit a network on images of a loader; arguments are those of `audit`.
+    """Audit a network on images of a loader.
 
     Args:
+        model: A model with attention sites.
+        images: The images.
+        sites: Names of the sites to audit, or of modules that contain them; None are all.
+        input_size: (C, H, W) of the images, see `audit`.
+        critic: Critics of all groups of the model, whose calibration is wanted.
         name: What the network is called.
         telling: Returns the numbers of the images to keep, from an audit whose second pass has not been made.
     """
@@ -113,7 +107,7 @@ def measure(
             'critic_sha256': None if critic is None else weights_digest(critic.state_dict()),
             'images': sums.count + len(images.unreadable), 'sites': [site.name for site in auditor.sites],
             'input_size': None if input_size is None else list(input_size), 'label_names': names_of_config(config),
-            'device': str(images.like.device), 'versions': versions(),
+            'device': str(images.like.device), 'versions': versions(python=True),
         },
     }
     keep: Collection[int] = ()

@@ -6,6 +6,7 @@ from torch import nn
 
 from dreal_timm.attention.sites import Group, Site, attention_parameters, find_sites, group_sites
 from dreal_timm.critic import RecurrentCritic
+from dreal_timm.utils.terminal import text_table
 
 __all__ = ['SiteRow', 'describe_sites', 'format_sites']
 
@@ -55,20 +56,13 @@ def describe_sites(model: nn.Module, input_size: Sequence[int] | None = None) ->
 
 def format_sites(rows: Sequence[SiteRow]) -> str:
     """Return the sites as a text table, with sums below it; attention parameters that sites share count once there."""
-    head = ('site', 'class', 'kind', 'map', 'group', 'parameters', 'critic')
-    table = [
+    table = [('site', 'class', 'kind', 'map', 'group', 'parameters', 'critic')]
+    table += [
         (row.site, row.attention, row.kind, ' x '.join(map(str, row.size)), row.group, f'{row.parameters:,}',
          f'{row.critic:,}')
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in [head, *table]) for column in range(len(head))]
-    lines = [
-        '  '.join(
-            cell.rjust(width) if column >= 5 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in [head, *table]
-    ]
     critics = {row.group: row.critic for row in rows}
-    lines.append(f'{len(rows)} sites in {len(critics)} groups; critics: {sum(critics.values()):,} parameters')
-    return '\n'.join(lines)
+    return '\n'.join([
+        *text_table(table, left=5),
+        f'{len(rows)} sites in {len(critics)} groups; critics: {sum(critics.values()):,} parameters'])

@@ -13,8 +13,8 @@ from dreal_timm.audit.calibration import load_critic
 from dreal_timm.audit.images import NumberedImages
 from dreal_timm.critic import Critic
 from dreal_timm.data.opening import open_for
-from dreal_timm.hub.results import weights_digest
 from dreal_timm.hub.run import open_network
+from dreal_timm.provenance import weights_digest
 
 __all__ = ['Subject', 'load_subject', 'open_images']
 
@@ -104,6 +104,6 @@ def open_images(
     """
     size = get_model_input_config(model)['input_size'] if input_size is None else input_size
     data = resolve_data_config({'input_size': tuple(size)}, model=model)
-    found, match = open_for(
+    opened, match = open_for(
         model, dataset, data_dir, split, class_map=class_map, by_order=by_order, channels=data['input_size'][0])
-    return NumberedImages(found, data, match)
+    return NumberedImages(opened, data, match)

@@ -13,6 +13,7 @@ import torch
 from dreal_timm.audit.calibration import calibrate
 from dreal_timm.audit.intervals import bootstrap
 from dreal_timm.audit.result import MARGIN, Audit
+from dreal_timm.utils.terminal import text_table
 
 __all__ = ['COLUMNS', 'caution', 'format_summary', 'summarize', 'write_csv']
 
@@ -61,6 +62,34 @@ def _finding(value: float, low: float, high: float, floor: float) -> int:
     return (value > 0) - (value < 0) if abs(value) > floor and low * high > 0 else 0
 
 
+def _row(
+        audit: Audit,
+        name: str,
+        gains: Mapping[str, tuple[torch.Tensor, ...]],
+        floor: Mapping[str, float],
+) -> dict[str, Any]:
+    """The figures of a site."""
+    index, row = audit.column(name), audit.row(name)
+    for key, columns in gains.items():
+        value, low, high = (float(column[index]) for column in columns)
+        row.update({key: _number(value), f'{key}_low': _number(low), f'{key}_high': _number(high)})
+        row[f'{key}_finding'] = _finding(value, low, high, floor[key.removeprefix('constant_')])
+    gain, margin = audit.gain[:, index], floor['log_likelihood_gain']
+    statistics = audit.maps[name]
+    row.update({
+        'helps': (gain > margin).double().mean().item(),
+        'hurts': (gain < -margin).double().mean().item(),
+        'saved': int((audit.right & ~audit.mean_right[:, index]).sum()),
+        'lost': int((~audit.right & audit.mean_right[:, index]).sum()),
+        'map_mean': statistics.mean.mean().item(),
+        'map_spread': statistics.spread,
+        'map_input_share': _number(statistics.input_share),
+    })
+    if audit.quality is not None:
+        row.update({key: _number(value) for key, value in calibrate(audit, name).items()})
+    return row
+
+
 def caution(right: int) -> str:
     """Return a warning where few right images stand behind the numbers, else nothing."""
     if right >= _FEW:
@@ -96,30 +125,8 @@ def summarize(
                 the floor, else 0; and 'quality', 'rank_correlation', 'rank_correlation_all' where there was a critic
     """
     settings: dict[str, Any] = dict(resamples=resamples, level=level, seed=seed, margin=margin)
-    means = {**_gains(audit, 'mean', settings), **_gains(audit, 'constant', settings)}
-    right = audit.right[:, None]
+    gains = {**_gains(audit, 'mean', settings), **_gains(audit, 'constant', settings)}
     floor = {key: max(value, 0.0 if key == 'top1_gain' else margin) for key, value in audit.noise().items()}
-    margin = floor['log_likelihood_gain']
-    rows = []
-    for index, name in enumerate(audit.names):
-        row = audit.row(name)
-        for key, columns in means.items():
-            for end, column in zip(('', '_low', '_high'), columns, strict=True):
-                row[f'{key}{end}'] = _number(column[index])
-            value, low, high = (float(column[index]) for column in columns)
-            row[f'{key}_finding'] = _finding(value, low, high, floor[key.removeprefix('constant_')])
-        gain = audit.gain[:, index]
-        row['helps'] = (gain > margin).double().mean().item()
-        row['hurts'] = (gain < -margin).double().mean().item()
-        row['saved'] = int((right[:, 0] & ~audit.mean_right[:, index]).sum())
-        row['lost'] = int((~right[:, 0] & audit.mean_right[:, index]).sum())
-        statistics = audit.maps[name]
-        row['map_mean'] = statistics.mean.mean().item()
-        row['map_spread'] = statistics.spread
-        row['map_input_share'] = _number(statistics.input_share)
-        if audit.quality is not None:
-            row.update({key: _number(value) for key, value in calibrate(audit, name).items()})
-        rows.append(row)
     top1 = 100 * audit.right.double().mean().item()
     return {
         'settings': settings,
@@ -132,7 +139,7 @@ def summarize(
             'log_likelihood': audit.log_p.double().mean().item(),
             'floor': floor,
         },
-        'sites': rows,
+        'sites': [_row(audit, name, gains, floor) for name in audit.names],
     }
 
 
@@ -149,8 +156,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     """Return the figures as a text table; 'finding' tells of rewards, see `summarize`."""
     network = summary['network']
     level = f"{100 * summary['settings']['level']:.0f}% interval"
-    head = ('site', 'reward', level, 'finding', 'top-1', 'log p', 'against constant', 'helps', 'hurts', 'input')
-    table = [head]
+    table = [('site', 'reward', level, 'finding', 'top-1', 'log p', 'against constant', 'helps', 'hurts', 'input')]
     for row in summary['sites']:
         share = row['map_input_share']
         table.append((
@@ -165,18 +171,10 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             f"{row['hurts']:.0%}",
             '' if share is None else f'{share:.0%}',
         ))
-    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
-    lines = [
-        '  '.join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in table
-    ]
     return '\n'.join([
         f"{network['images']:,} images, top-1 {network['top1']:.2f} % (wrong: {network['wrong']:.2f} %), mean "
         f"log-likelihood {network['log_likelihood']:.4f}",
-        *lines,
+        *text_table(table),
         *filter(None, [caution(network['right'])]),
     ])
 

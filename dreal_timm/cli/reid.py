@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dreal_timm.cli.flags import Commands, add_flags
 from dreal_timm.hub import read_network
 from dreal_timm.reid.checking import check_reid
-from dreal_timm.reid.evaluation import check_reranked, evaluate_network, open_checked, told_of
+from dreal_timm.reid.evaluation import check_reranked, evaluate_network, open_checked, record_of
 from dreal_timm.reid.layouts import LAYOUTS, open_reid
 from dreal_timm.reid.metrics import CAMERA_RULES, METRICS
 from dreal_timm.reid.pictures import check_kind, draw_rankings, rank_queries
@@ -19,19 +20,18 @@ __all__ = ['add_commands']
 
 def _check(args: argparse.Namespace) -> int:
     _at_least(args, images=1, workers=1)
-    found = check_reid(
+    check = check_reid(
         open_reid(args.directory, args.layout), args.images, args.camera_rule, not args.no_images, args.workers)
     if args.json:
-        told = {
-            'directory': str(found.data.root), 'layout': found.data.layout, 'counts': found.counts,
-            'junk': found.data.junk, 'notes': found.data.notes, 'problems': list(found.problems),
-            'details': found.details}
-        print(json.dumps(told, indent=2))
+        data = check.data
+        print(json.dumps({
+            'directory': str(data.root), 'layout': data.layout, 'counts': check.counts, 'junk': data.junk,
+            'notes': data.notes, 'problems': list(check.problems), 'details': check.details}, indent=2))
     else:
-        print(found)
-        for name, lines in found.details.items() if args.all else ():
+        print(check)
+        for name, lines in check.details.items() if args.all else ():
             print(f"{name}:{''.join(f'{chr(10)}  {line}' for line in lines) or ' none'}")
-    return 1 if found.problems else 0
+    return 1 if check.problems else 0
 
 
 def _at_least(args: argparse.Namespace, **least: int) -> None:
@@ -65,21 +65,21 @@ def _eval(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in ('k1', 'k2', 'weight') if getattr(args, name) is not None}
     if given and not args.rerank:
         raise ValueError('--k1, --k2 and --lambda go with --rerank.')
-    opened = [open_checked(place, args.layout, args.camera_rule) for place in args.data]  # before any work
-    for data in opened if args.rerank else ():
+    data_sets = [open_checked(place, args.layout, args.camera_rule) for place in args.data]  # before any work
+    for data in data_sets if args.rerank else ():
         check_reranked(data, args.multi_query, **given)
     ranking = {'metric': args.metric, 'camera_rule': args.camera_rule, 'reranked': args.rerank, **given}
     network = read_network(args.model)
-    told: list[dict[str, Any]] = []
-    for place, data in zip(args.data, opened, strict=True):
+    records: list[dict[str, Any]] = []
+    for place, data in zip(args.data, data_sets, strict=True):
         results, query, gallery = evaluate_network(
             network, data, flip=not args.no_flip, multi_query=args.multi_query, batch_size=args.batch_size,
             workers=args.workers, device=args.device, **ranking)
-        told.append(told_of(args.model, place, results))
+        records.append(record_of(args.model, place, results))
         if not args.json:
             width = max(len('data'), *(len(str(other)) for other in args.data))
-            print('\n'.join(_table(str(place), results, width, head=len(told) == 1)), flush=True)
-    text = json.dumps(told[0] if len(told) == 1 else told, indent=2)
+            print('\n'.join(_table(str(place), results, width, head=len(records) == 1)), flush=True)
+    text = json.dumps(records[0] if len(records) == 1 else records, indent=2)
     if args.json:
         print(text)
     if args.results:
@@ -90,14 +90,15 @@ def _eval(args: argparse.Namespace) -> None:
         draw_rankings(rank_queries(query, gallery, data, numbers, **ranking), args.picture)
 
 
-def _table(name: str, found: Mapping[str, Any], width: int, head: bool) -> list[str]:
+def _table(name: str, results: Mapping[str, Any], width: int, head: bool) -> list[str]:
     """The row of a data set, below the head of the table if it is the first."""
     title = (
         f"{'data':{width}} {'mAP':>7} {'rank-1':>7} {'rank-5':>7} {'rank-10':>8} {'rank-20':>8} {'mINP':>7} "
         f"{'queries':>8} {'skipped':>8}")
     row = (
-        f"{name:{width}} {found['mAP']:7.2f} {found['rank1']:7.2f} {found['rank5']:7.2f} {found['rank10']:8.2f} "
-        f"{found['rank20']:8.2f} {found['mINP']:7.2f} {found['queries']:8,} {found['skipped']:8,}")
+        f"{name:{width}} {results['mAP']:7.2f} {results['rank1']:7.2f} {results['rank5']:7.2f} "
+        f"{results['rank10']:8.2f} {results['rank20']:8.2f} {results['mINP']:7.2f} {results['queries']:8,} "
+        f"{results['skipped']:8,}")
     return [title, row] if head else [row]
 
 
@@ -122,10 +123,20 @@ def _search(args: argparse.Namespace) -> None:
         draw_rankings(rankings, args.picture)
 
 
-def add_commands(reid: argparse.ArgumentParser) -> None:
-    """Add the commands of re-identification to their parser."""
-    commands: Any = reid.add_subparsers(dest='reid_command', required=True, metavar='COMMAND')
-    check = commands.add_parser('check', help='look for what is wrong with a data set')
+def _add_ranking_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--metric', choices=METRICS, default='cosine', help='distance (cosine)')
+    command.add_argument('--no-flip', action='store_true', help='do not average features with the mirror image\'s')
+    add_flags(command, '--batch-size', '--workers', '--device')
+    command.add_argument('--picture', metavar='FILE', default='', help='draw ranked lists')
+    add_flags(command, '--json')
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `reid check`, `reid eval` and `reid search`."""
+    reid = commands.add_parser('reid', help='person re-identification')
+    own = reid.add_subparsers(dest='reid_command', required=True, metavar='COMMAND')
+
+    check = own.add_parser('check', help='look for what is wrong with a data set')
     check.add_argument('directory', metavar='DIR', help='folder of the data set, or a table')
     check.add_argument('--layout', choices=tuple(LAYOUTS), default='', help='what it is (looks what it is)')
     check.add_argument('--images', metavar='K', type=int, default=8, help='images of an identity in a batch (8)')
@@ -134,10 +145,10 @@ def add_commands(reid: argparse.ArgumentParser) -> None:
     check.add_argument('--no-images', action='store_true', help='do not read the images')
     check.add_argument('--workers', metavar='N', type=int, default=4, help='threads that read them (4)')
     check.add_argument('--all', action='store_true', help='name all that was found, not the first three')
-    check.add_argument('--json', action='store_true', help='print JSON')
+    add_flags(check, '--json')
     check.set_defaults(function=_check)
 
-    evaluate = commands.add_parser('eval', help='measure how well a network finds identities')
+    evaluate = own.add_parser('eval', help='measure how well a network finds identities')
     evaluate.add_argument(
         'model', metavar='MODEL_OR_DIR', help='folder of a run, exported folder, hf-hub:USER/NAME, or name of a model')
     evaluate.add_argument(
@@ -151,21 +162,15 @@ def add_commands(reid: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         '--lambda', dest='weight', metavar='WEIGHT', type=float, help='weight of the first distance in it (0.3)')
     evaluate.add_argument('--multi-query', action='store_true', help='pool the queries of an identity and a camera')
-    evaluate.add_argument('--results', metavar='FILE', default='', help='write the results to a JSON file as well')
+    add_flags(evaluate, '--results')
     evaluate.add_argument('--lists', metavar='N', type=int, default=8, help='ranked lists of the picture (8)')
+    _add_ranking_flags(evaluate)
     evaluate.set_defaults(function=_eval)
 
-    find = commands.add_parser('search', help='find the images of a folder that are most like a query')
+    find = own.add_parser('search', help='find the images of a folder that are most like a query')
     find.add_argument('model', metavar='MODEL_OR_DIR', help='as of eval')
     find.add_argument('--query', metavar='FILE', nargs='+', required=True, help='images, or folders of them')
     find.add_argument('--gallery', metavar='DIR', required=True, help='folder that is searched')
     find.add_argument('--top', metavar='N', type=int, default=10, help='length of a list (10)')
+    _add_ranking_flags(find)
     find.set_defaults(function=_search)
-    for command in (evaluate, find):
-        command.add_argument('--metric', choices=METRICS, default='cosine', help='distance (cosine)')
-        command.add_argument('--no-flip', action='store_true', help='do not average features with the mirror image\'s')
-        command.add_argument('--batch-size', metavar='N', type=int, default=128, help='images a step (128)')
-        command.add_argument('--workers', metavar='N', type=int, default=2, help='loader processes (2)')
-        command.add_argument('--device', default=None, help='device (an accelerator where there is one)')
-        command.add_argument('--picture', metavar='FILE', default='', help='draw ranked lists')
-        command.add_argument('--json', action='store_true', help='print JSON')

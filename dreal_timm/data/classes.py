@@ -29,7 +29,7 @@ class Match:
     outputs: tuple[int, ...] | None = None
     absent: int = 0
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return what results say of it."""
         return {'by': self.by, 'absent': self.absent}
 
@@ -91,10 +91,10 @@ def network_names(model: Any) -> list[list[str]]:
 
 def _unique(names: Sequence[str]) -> dict[str, int]:
     """Index of each name that is there once."""
-    found: dict[str, int] = {}
+    indices: dict[str, int] = {}
     for index, name in enumerate(map(same_name, names)):
-        found[name] = -1 if name in found else index
-    return {name: index for name, index in found.items() if index >= 0}
+        indices[name] = -1 if name in indices else index
+    return {name: index for name, index in indices.items() if index >= 0}
 
 
 def _by_names(names: Sequence[str], outputs: Mapping[str, int], num_classes: int, by: str) -> Match:

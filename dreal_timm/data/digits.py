@@ -3,13 +3,13 @@
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository (its
 test set), https://archive.ics.uci.edu/dataset/80 - licence CC BY 4.0.
 """
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from dreal_timm.utils.scratch import new_folder
 
 __all__ = ['prepare_digits']
 
@@ -39,11 +39,8 @@ def prepare_digits(directory: str | Path) -> dict[str, int]:
     except ModuleNotFoundError:
         raise ModuleNotFoundError('The digits come with scikit-learn: pip install scikit-learn') from None
     digits = load_digits()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f'.{directory.name}-') as scratch:
-        counts = _write(digits, Path(scratch) / 'digits')
-        os.replace(Path(scratch) / 'digits', directory)
-    return counts
+    with new_folder(directory) as folder:
+        return _write(digits, folder)
 
 
 def _write(digits: Any, directory: Path) -> dict[str, int]:

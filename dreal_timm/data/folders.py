@@ -10,6 +10,7 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 
 from dreal_timm.data.classes import same_name
+from dreal_timm.errors import reason
 
 __all__ = ['check_tar', 'empty_classes', 'every_extension', 'read_class_map', 'tidy']
 
@@ -36,15 +37,15 @@ def read_class_map(class_map: str | Mapping[str, int], root: str = '') -> dict[s
         ValueError: It is no class map.
     """
     try:
-        found = load_class_map(dict(class_map) if isinstance(class_map, Mapping) else str(class_map), root)
+        indices = load_class_map(dict(class_map) if isinstance(class_map, Mapping) else str(class_map), root)
     except AssertionError as error:
         if 'locate' in str(error):
             raise FileNotFoundError(f"class_map: no file '{class_map}'.") from None
         raise ValueError(f'class_map: {error}.') from None
     except Exception as error:  # of pickle or the decoder
-        raise ValueError(f"class_map: '{class_map}' cannot be read ({' '.join(str(error).split())[:100]}).") from error
+        raise ValueError(f"class_map: '{class_map}' cannot be read ({reason(error)}).") from error
     # a mark of Windows' editors is no part of the first name
-    names = {same_name(str(name).removeprefix('\ufeff')): index for name, index in found.items() if name != ''}
+    names = {same_name(str(name).removeprefix('\ufeff')): index for name, index in indices.items() if name != ''}
     if not names or not all(isinstance(index, int) and 0 <= index < 1_000_000 for index in names.values()):
         raise ValueError(f"class_map: '{class_map}' does not give each class a number from 0 on.")
     return names
@@ -72,7 +73,7 @@ def tidy(reader: Any, extensions: str | None, class_map: Mapping[str, int] | Non
     types = tuple((extensions or ';'.join([*get_img_extensions(), *_MORE])).lower().split(';'))
     root = str(reader.root)
     names = {index: name for name, index in reader.class_to_idx.items()}
-    kept: list[tuple[str, str]] = []
+    samples: list[tuple[str, str]] = []
     other: dict[str, int] = {}
     unnamed: dict[str, int] = {}
     places: dict[str, str] = {}
@@ -93,7 +94,7 @@ def tidy(reader: Any, extensions: str | None, class_map: Mapping[str, int] | Non
                 f"{root}: the folders '{places[name]}' and '{folder}' would be one class, '{name}': a class is the "
                 'folder that its images lie in. Give them names of their own.')
         else:
-            kept.append((path, name))
+            samples.append((path, name))
     if other:
         _logger.warning(
             f"{root}: {sum(other.values()):,} image files of other kinds are left out "
@@ -102,14 +103,14 @@ def tidy(reader: Any, extensions: str | None, class_map: Mapping[str, int] | Non
         _logger.warning(
             f'{root}: {sum(unnamed.values()):,} images of classes that class_map does not name are left out: '
             f'{_first(unnamed)}.')
-    if not kept:
+    if not samples:
         raise FileNotFoundError(f"Found 0 images in the folders of '{root}': extensions are {', '.join(types)}.")
-    filled = {name for _, name in kept}
+    filled = {name for _, name in samples}
     if class_map is None:
         ordered = [name for name in reader.class_to_idx if name in filled]
         class_map = {same_name(name): index for index, name in enumerate(ordered)}
     reader.class_to_idx = dict(class_map)
-    reader.samples = [(path, class_map[same_name(name)]) for path, name in kept]
+    reader.samples = [(path, class_map[same_name(name)]) for path, name in samples]
 
 
 def empty_classes(reader: Any) -> list[str]:

@@ -4,8 +4,6 @@ An identity is a letter, a camera is a font with its own paper and ink, and an i
 shifted, blurred and with noise. Letters that are tested are not trained on. The fonts are DejaVu's, which come with
 matplotlib (licence of Bitstream Vera, changes in the public domain), or those of a folder.
 """
-import os
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from dreal_timm.utils.scratch import new_folder
 
 __all__ = ['FONTS', 'draw_letters', 'prepare_glyphs']
 
@@ -25,10 +25,10 @@ _TRAIN, _TEST, _DISTRACTORS = 300, 300, 60
 
 def _fonts(source: str | Path | None) -> list[Path]:
     if source is not None:
-        found = sorted(path for path in Path(source).rglob('*') if path.suffix.lower() in ('.ttf', '.otf'))
-        if len(found) < 2:
-            raise FileNotFoundError(f"'{source}' has {len(found)} fonts (*.ttf, *.otf), expected 2 or more.")
-        return found
+        fonts = sorted(path for path in Path(source).rglob('*') if path.suffix.lower() in ('.ttf', '.otf'))
+        if len(fonts) < 2:
+            raise FileNotFoundError(f"'{source}' has {len(fonts)} fonts (*.ttf, *.otf), expected 2 or more.")
+        return fonts
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -188,8 +188,5 @@ def prepare_glyphs(
     if directory.exists():
         raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
     fonts, letters = _chosen(source, _TRAIN + _TEST, _DISTRACTORS)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f'.{directory.name}-') as scratch:
-        counts = _write(Path(scratch) / 'glyphs', letters, fonts, views, size)
-        os.replace(Path(scratch) / 'glyphs', directory)
-    return counts
+    with new_folder(directory) as folder:
+        return _write(folder, letters, fonts, views, size)

@@ -10,6 +10,8 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
+from dreal_timm.errors import reason
+
 __all__ = ['NO_LABEL', 'ImageSet', 'UnreadableImageError', 'read_image']
 
 NO_LABEL = -1  # of an image that could not be read
@@ -57,9 +59,8 @@ def read_image(source: str | Path | BinaryIO, mode: str, name: str = '') -> Imag
     except MemoryError:
         raise
     except Exception as error:  # PIL raises of all kinds for a broken file
-        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
-        reason = reason.replace(f" '{source}'", '')
-        raise UnreadableImageError(f"'{name}' cannot be read: {reason}") from None
+        why = reason(error, most=None).replace(f" '{source}'", '')
+        raise UnreadableImageError(f"'{name}' cannot be read: {why}") from None
     return image.convert(mode) if mode[0] in 'IF' else _eight_bits(image, name).convert(mode)
 
 

@@ -67,6 +67,25 @@ def _open_folder(name: str, root: str, split: str, extensions: str | None, class
     return dataset
 
 
+def _open(
+        kind: str,
+        name: str,
+        root: str,
+        split: str,
+        class_map: str | Mapping[str, int] | None,
+        image_key: str | None,
+        **options: Any,
+) -> Any:
+    if kind == '':
+        return _open_folder(name, root, split, image_key, class_map, **options)
+    # timm's webdataset reader looks for the image under the same names again once it is decoded, as 'jpg'
+    key = f'{image_key};jpg' if kind == 'wds' and image_key else image_key
+    dataset = create_dataset(name, root=root, split=split, class_map=class_map or None, input_key=key, **options)
+    if kind == 'hfds':
+        dataset.reader[0][0].close()  # a field that is not there shows with the first image
+    return dataset
+
+
 def open_dataset(
         name: str,
         root: str,
@@ -107,15 +126,7 @@ def open_dataset(
     if kind == 'torch' and name.partition('/')[2].lower() in ('folder', 'image_folder'):
         options['loader'] = partial(read_image, mode=options['input_img_mode'])
     try:
-        if kind == '':
-            dataset = _open_folder(name, root, split, image_key, class_map, **options)
-        else:
-            # timm's webdataset reader looks for the image under the same names again once it is decoded, as 'jpg'
-            key = f'{image_key};jpg' if kind == 'wds' and image_key else image_key
-            dataset = create_dataset(
-                name, root=root, split=split, class_map=class_map or None, input_key=key, **options)
-        if kind == 'hfds':
-            dataset.reader[0][0].close()  # a field that is not there shows with the first image
+        dataset = _open(kind, name, root, split, class_map, image_key, **options)
     except (AssertionError, RuntimeError, TypeError, KeyError, ValueError) as error:
         reason = str(error) or 'not found'
         if kind in _PACKAGES:
@@ -166,8 +177,8 @@ def open_for(
     names = class_names(dataset)
     if class_map and outputs is None:
         samples = getattr(dataset.reader, 'samples', None)
-        found = read_class_map(class_map, getattr(dataset.reader, 'root', None) or '')
-        used = set(found.values()) if samples is None else {int(sample[-1]) for sample in samples}
+        named = read_class_map(class_map, getattr(dataset.reader, 'root', None) or '')
+        used = set(named.values()) if samples is None else {int(sample[-1]) for sample in samples}
         match = Match('map', None, network.num_classes - len(used))
     else:
         match = match_classes(names, network_names(network), network.num_classes, outputs, by_order)

@@ -125,7 +125,8 @@ def _weights(source: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
     if not (isinstance(content, dict) and content and all(
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items())):
         raise ValueError(f"'{source}' holds no weights.")
-    return clean_state_dict(content)
+    weights: dict[str, torch.Tensor] = clean_state_dict(content)
+    return weights
 
 
 def _fit_channels(weights: dict[str, torch.Tensor], model: nn.Module, source: str | Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import timm
 
-from dreal_timm.errors import WeightsError, printable
-from dreal_timm.hub.files import check_place, read_json, reason, walk
+from dreal_timm.errors import WeightsError, printable, reason
+from dreal_timm.hub.files import check_place, read_json, walk
 from dreal_timm.models.sources import check_arguments
 
 __all__ = ['CONFIG', 'check_config']
@@ -23,32 +23,32 @@ def _number(value: Any, least: float, most: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
-def _check_preprocessing(told: Mapping[str, Any]) -> None:
+def _check_preprocessing(config: Mapping[str, Any]) -> None:
     """Raise a ValueError where images would become giant, or numbers infinite."""
     for key in ('input_size', 'test_input_size', 'min_input_size'):
-        size = told.get(key)
+        size = config.get(key)
         if size is not None and not (isinstance(size, list) and len(size) == 3 and all(
                 type(number) is int and _number(number, *_SIZES) for number in size)):
             raise ValueError(f'its {key} is {str(size)[:40]}, and not channels, height and width up to {_SIZES[1]}')
     for key in ('crop_pct', 'test_crop_pct'):
-        if told.get(key) is not None and not _number(told[key], *_CROPS):
-            raise ValueError(f'its {key} is {str(told[key])[:40]}, and not between {_CROPS[0]} and {_CROPS[1]:g}')
+        if config.get(key) is not None and not _number(config[key], *_CROPS):
+            raise ValueError(f'its {key} is {str(config[key])[:40]}, and not between {_CROPS[0]} and {_CROPS[1]:g}')
     for key, least in (('mean', -_NUMBER), ('std', 1e-6)):
-        numbers = told.get(key)
+        numbers = config.get(key)
         if numbers is not None and not (
                 isinstance(numbers, list) and all(_number(number, least, _NUMBER) for number in numbers)):
             raise ValueError(f'its {key} is {str(numbers)[:40]}, and not a number for each channel')
-    if told.get('interpolation') not in (None, '', *_INTERPOLATIONS):
+    if config.get('interpolation') not in (None, '', *_INTERPOLATIONS):
         raise ValueError(
-            f"its interpolation is {str(told['interpolation'])[:40]}, and none of {', '.join(_INTERPOLATIONS)}")
-    if told.get('hf_hub_filename') is not None:
+            f"its interpolation is {str(config['interpolation'])[:40]}, and none of {', '.join(_INTERPOLATIONS)}")
+    if config.get('hf_hub_filename') is not None:
         raise ValueError('it names another file of weights (hf_hub_filename): a config may not fetch or open anything')
 
 
-def _check_labels(told: Mapping[str, Any]) -> None:
+def _check_labels(config: Mapping[str, Any]) -> None:
     """Raise a ValueError if names of classes are neither texts in their order nor texts under texts."""
     for key in ('label_names', 'labels', 'label_descriptions'):
-        names = told.get(key)
+        names = config.get(key)
         texts = names if isinstance(names, list) else names.values() if isinstance(names, Mapping) else None
         if names is not None and (texts is None or not all(isinstance(name, str) for name in texts)):
             raise ValueError(f'its {key} are not names of classes')
@@ -65,24 +65,24 @@ def _check_values(config: Any) -> None:
         if isinstance(value, str) and len(value) > _ARGUMENTS:
             raise ValueError('its model_args have a giant text')
     arguments = config.get('model_args', {})
-    told = config.get('pretrained_cfg', config)  # timm's older form has one table
-    if not isinstance(arguments, dict) or not isinstance(told, dict):
+    pretrained = config.get('pretrained_cfg', config)  # timm's older form has one table
+    if not isinstance(arguments, dict) or not isinstance(pretrained, dict):
         raise ValueError('its model_args and pretrained_cfg are no tables')
     for value in walk({key: given for key, given in arguments.items() if key != 'num_classes'}, _ARGUMENTS):
         if isinstance(value, (int, float)) and abs(value) > _ARGUMENT:
             raise ValueError(f'its model_args have the number {str(value)[:40]}, which is too large')
-    for number in (config.get('num_classes'), told.get('num_classes'), arguments.get('num_classes')):
+    for number in (config.get('num_classes'), pretrained.get('num_classes'), arguments.get('num_classes')):
         if number is not None and not (type(number) is int and number >= 0):
             raise ValueError(f'its num_classes is {str(number)[:40]}')
-    classes = config.get('num_classes', told.get('num_classes', 1000))  # timm's own where there is none
+    classes = config.get('num_classes', pretrained.get('num_classes', 1000))  # timm's own where there is none
     if arguments.get('num_classes', classes) != classes:  # timm would build one and drop the classifier for the other
         raise ValueError(
             f"it names {arguments['num_classes']} classes in model_args and {classes} beside them: the classifier "
             'would start at random')
     check_arguments(arguments)
-    _check_preprocessing(told)
+    _check_preprocessing(pretrained)
     _check_labels(config)
-    _check_labels(told)
+    _check_labels(pretrained)
 
 
 def check_config(directory: str | Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def check_config(directory: str | Path) -> dict[str, Any]:
     check_place(directory, CONFIG)
     what = f"'{directory}', {CONFIG}"
     try:
-        config = read_json(directory / CONFIG, _BYTES, finite=True)
+        config: dict[str, Any] = read_json(directory / CONFIG, _BYTES, finite=True)
     except (OSError, ValueError) as error:
         raise WeightsError(f'{what}: it cannot be read ({reason(error)}).') from error
     try:

@@ -4,7 +4,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from dreal_timm.errors import WeightsError
+from dreal_timm.errors import WeightsError, reason
 
 __all__ = ['check_damage', 'damaged_record']
 
@@ -22,7 +22,7 @@ def damaged_record(path: str | Path) -> str:
         with zipfile.ZipFile(path) as file:
             return file.testzip() or ''
     except Exception as error:  # a damaged directory is told in all kinds of ways
-        return ' '.join(str(error).split())[:80] or 'its directory'
+        return reason(error)
 
 
 def _is_ours(path: str | Path) -> bool:

@@ -17,9 +17,9 @@ from torch import nn
 
 from dreal_timm.hub.card import write_card
 from dreal_timm.hub.folder import SUMS, checksums
-from dreal_timm.hub.scratch import new_folder
 from dreal_timm.models.dreal_resnet import timm_architecture
 from dreal_timm.models.reid import ReidNetwork, portable_arguments
+from dreal_timm.utils.scratch import new_folder
 
 __all__ = ['check_export', 'check_plain', 'describe_network', 'export', 'halved']
 
@@ -128,7 +128,7 @@ def _write_config(
     path = directory / 'config.json'
     save_config_for_hf(
         model, str(path), model_config=changes, data_config=None if data_config is None else dict(data_config))
-    config = json.loads(path.read_text(encoding='utf-8'))
+    config: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
     arguments = config.get('model_args', {})
     if arguments.get('num_classes') == config['num_classes']:
         del arguments['num_classes']

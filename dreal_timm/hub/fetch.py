@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dreal_timm.errors import WeightsError
+from dreal_timm.errors import WeightsError, reason
 
 __all__ = ['WEIGHTS_FILES', 'digest', 'explain', 'fetch']
 
@@ -32,11 +32,11 @@ _TIMEOUT = 10.0  # seconds
 
 def digest(path: str | Path) -> str:
     """Return the SHA-256 of a file."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def explain(error: BaseException, repo: str) -> str:
@@ -75,23 +75,23 @@ def explain(error: BaseException, repo: str) -> str:
                 return texts[status]
             if status is not None and status >= 500:
                 return f'the Hub answers with an error ({status}): try again later'
-            return ' '.join(str(item).split())[:200]
+            return reason(item)
     if isinstance(error, HFValidationError):
-        return ' '.join(str(error).split())[:200]
+        return reason(error)
     if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
         return f'{error.strerror}: {error.filename or constants.HF_HUB_CACHE}'
-    reason = ' '.join((str(chain[-1]) or type(chain[-1]).__name__).split())[:100]
-    return f'{constants.ENDPOINT} cannot be reached ({reason}): check the network, or fill the cache elsewhere'
+    why = reason(chain[-1])
+    return f'{constants.ENDPOINT} cannot be reached ({why}): check the network, or fill the cache elsewhere'
 
 
 def _verify(path: str, repo: str, file: str, sha256: str) -> None:
     """Compare a file of the cache with the hash that it is stored under, as large files are, and with a known one."""
     blob = os.path.realpath(path)
     expected = os.path.basename(blob)
-    found = digest(blob)
-    if sha256 and expected == found != sha256:
+    actual = digest(blob)
+    if sha256 and expected == actual != sha256:
         raise WeightsError(f"'{repo}', {file}: it is not what was released (wrong SHA-256): tell its maintainers.")
-    if (re.fullmatch('[0-9a-f]{64}', expected) and found != expected) or (sha256 and found != sha256):
+    if (re.fullmatch('[0-9a-f]{64}', expected) and actual != expected) or (sha256 and actual != sha256):
         raise WeightsError(f"'{repo}', {file}: the copy in the cache is broken (wrong SHA-256): delete {blob}")
 
 
@@ -131,17 +131,17 @@ def fetch(source: str, config: bool, weights: Sequence[str] = WEIGHTS_FILES, sha
     file = 'config.json' if config else weights[0]
     try:
         needed = ['config.json'] if config else []
-        found = _cached(repo, revision or None, weights)
-        if (weights and found is None) or (config and _cached(repo, revision or None, needed) is None):
+        chosen = _cached(repo, revision or None, weights)
+        if (weights and chosen is None) or (config and _cached(repo, revision or None, needed) is None):
             if constants.HF_HUB_OFFLINE:
                 raise OfflineModeIsEnabled(f'{repo} is not in the cache.')
             info = HfApi().model_info(repo, revision=revision or None, timeout=_TIMEOUT)
             names = {sibling.rfilename for sibling in info.siblings or ()}
-            found = next((name for name in weights if name in names), weights[0]) if weights else None
-        for file in (*needed, *([found] if found else [])):
+            chosen = next((name for name in weights if name in names), weights[0]) if weights else None
+        for file in (*needed, *([chosen] if chosen else [])):
             path = _download(repo, file, revision or None)
-        if found:
-            _verify(path, repo, found, sha256)
+        if chosen:
+            _verify(path, repo, chosen, sha256)
     except WeightsError:
         raise
     except Exception as error:  # the client's own, and those of the two libraries that it sends requests with

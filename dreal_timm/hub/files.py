@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from dreal_timm.errors import WeightsError, printable
+from dreal_timm.errors import WeightsError, reason
 
-__all__ = ['check_front_matter', 'check_place', 'check_plain', 'read_bytes', 'read_json', 'read_yaml', 'reason', 'walk']
+__all__ = ['check_front_matter', 'check_place', 'check_plain', 'read_bytes', 'read_json', 'read_yaml', 'walk']
 
 _KINDS = {'p': 'a pipe', 'c': 'a device', 'b': 'a device', 'd': 'a folder', 's': 'a socket'}
 _DEEPEST = 32
@@ -31,12 +31,12 @@ def check_plain(path: str | Path, limit: int | None = None) -> int:
         OSError: No such file, or a link that leads nowhere.
         ValueError: It is a pipe, a device or a folder, or it is larger.
     """
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f'it is {_KINDS.get(stat.filemode(found.st_mode)[0], "something else")}, and no plain file')
-    if limit is not None and found.st_size > limit:
-        raise ValueError(f'it has {found.st_size:,} bytes, where {limit:,} are the most')
-    return found.st_size
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f'it is {_KINDS.get(stat.filemode(status.st_mode)[0], "something else")}, and no plain file')
+    if limit is not None and status.st_size > limit:
+        raise ValueError(f'it has {status.st_size:,} bytes, where {limit:,} are the most')
+    return status.st_size
 
 
 def check_place(directory: Path, name: str) -> None:
@@ -50,12 +50,6 @@ def check_place(directory: Path, name: str) -> None:
     blobs = [folder.parent.parent / 'blobs'] if folder.parent.name == 'snapshots' else []
     if not any(target.is_relative_to(place) for place in (folder, *blobs)):
         raise WeightsError(f'{what}: it is not what was exported, but a link to what lies outside of the folder.')
-
-
-def reason(error: BaseException) -> str:
-    """A line of an error, for the middle of another."""
-    text = (error.strerror if isinstance(error, OSError) else '') or str(error)
-    return printable(' '.join(text.split())[:200]) or type(error).__name__
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
@@ -137,7 +131,7 @@ def _parse_yaml(content: bytes) -> Any:
     try:
         value = yaml.load(content, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(' '.join(str(error).split())[:150]) from error
+        raise ValueError(reason(error)) from error
     except RecursionError as error:
         raise ValueError('it is nested too deep') from error
     walk(value, _NODES)
@@ -151,8 +145,8 @@ def read_yaml(path: str | Path, limit: int = 2 ** 16) -> Any:
 
 def check_front_matter(card: str) -> None:
     """Raise a ValueError if the YAML at the head of a card cannot be read, or grows while it is."""
-    found = re.match(r'\s*---\s*?\n(.*?)\n---', card.replace('\r\n', '\n'), re.DOTALL)
-    if found and len(found[1]) > _FRONT:
-        raise ValueError(f'it has {len(found[1]):,} characters, where {_FRONT:,} are the most')
-    if found:
-        _parse_yaml(found[1].encode())
+    match = re.match(r'\s*---\s*?\n(.*?)\n---', card.replace('\r\n', '\n'), re.DOTALL)
+    if match and len(match[1]) > _FRONT:
+        raise ValueError(f'it has {len(match[1]):,} characters, where {_FRONT:,} are the most')
+    if match:
+        _parse_yaml(match[1].encode())

@@ -8,10 +8,10 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dreal_timm.errors import WeightsError
+from dreal_timm.errors import WeightsError, reason
 from dreal_timm.hub.config import CONFIG, check_config
 from dreal_timm.hub.fetch import WEIGHTS_FILES, digest
-from dreal_timm.hub.files import check_place, read_bytes, reason
+from dreal_timm.hub.files import check_place, read_bytes
 from dreal_timm.hub.shapes import check_weights
 
 __all__ = ['SUMS', 'UNLISTED', 'check_folder', 'checksums', 'find_weights', 'read_checksums']
@@ -37,13 +37,13 @@ def read_checksums(directory: Path) -> dict[str, str]:
         lines = read_bytes(directory / SUMS, 2 ** 20).decode('utf-8').splitlines()
     except (OSError, ValueError) as error:
         raise WeightsError(f'{what}: it cannot be read ({reason(error)}): export the network again.') from error
-    found: dict[str, str] = {}
+    sums: dict[str, str] = {}
     for line in lines:
         match = re.fullmatch('([0-9a-f]{64})  ([A-Za-z0-9._][A-Za-z0-9._/ -]*)', line)
-        if match is None or '..' in PurePosixPath(match[2]).parts or match[2] in found:
+        if match is None or '..' in PurePosixPath(match[2]).parts or match[2] in sums:
             raise WeightsError(f'{what}: it has a line that is none of a list of files: export the network again.')
-        found[match[2]] = match[1]
-    return found
+        sums[match[2]] = match[1]
+    return sums
 
 
 def _compare(directory: Path, name: str, expected: dict[str, str]) -> None:

@@ -10,17 +10,18 @@ import timm
 import torch
 from torch import nn
 
+from dreal_timm.errors import reason
 from dreal_timm.hub.export import check_plain
 from dreal_timm.hub.folder import SUMS, checksums
-from dreal_timm.hub.scratch import new_folder
-from dreal_timm.version import __version__
+from dreal_timm.provenance import preprocessing_of, versions
+from dreal_timm.utils.scratch import new_folder
 
 __all__ = ['FORMATS', 'TOLERANCE', 'export_format']
 
 FORMATS = {'onnx': 'model.onnx', 'torch-export': 'model.pt2'}
+_PACKAGES = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'torch-export': ()}
 TOLERANCE = 1e-4  # of a logit, where logits are about 1 or less; else of the largest
 _BATCHES = (1, 3)  # sizes beside that of all images, since a program can be bound to the one it was traced with
-_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 Program = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -112,21 +113,17 @@ def export_format(
         except OSError:
             raise
         except Exception as error:  # the exporters raise all kinds
-            reason = ' '.join(str(error).split())[:200] or type(error).__name__
-            raise RuntimeError(f'{format}: the network cannot be exported: {reason}') from error
+            raise RuntimeError(f'{format}: the network cannot be exported: {reason(error)}') from error
         compared = {'noise': noise} if images is None else {'noise': noise, 'images': images}
-        packages = ('onnx', 'onnxscript', 'onnxruntime') if format == 'onnx' else ()
-        told = {
+        record = {
             'architecture': plain.pretrained_cfg['architecture'],
-            **{key: data[key] for key in _KEYS if key in data},
+            **preprocessing_of(data),
             'label_names': list(label_names or plain.pretrained_cfg.get('label_names') or []) or None,
             'largest_difference': {
                 name: {'count': len(batch), 'logit': _compare(program, plain, batch, f'{format}, {name}')}
                 for name, batch in compared.items()},
-            'versions': {
-                'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__,
-                **{name: version(name) for name in packages}},
+            'versions': {**versions(), **{name: version(name) for name in _PACKAGES[format]}},
         }
-        (folder / 'preprocessing.json').write_text(json.dumps(told, indent=2) + '\n', encoding='utf-8')
+        (folder / 'preprocessing.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
         (folder / SUMS).write_text(checksums(folder), encoding='utf-8')
     return directory

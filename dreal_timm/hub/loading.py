@@ -1,5 +1,6 @@
 """Networks by name, from an exported folder or from the Hub, with errors that say what to do"""
 import argparse
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
+from timm.models import clean_state_dict
 from torch import nn
 
 from dreal_timm.errors import UNREADABLE, WeightsError, nearest, why_unreadable
@@ -17,7 +19,7 @@ from dreal_timm.hub.folder import check_folder
 from dreal_timm.hub.shapes import bounded
 from dreal_timm.models.releases import find_release
 
-__all__ = ['check_model_name', 'fetch_network', 'load', 'read_checkpoint', 'timm_name']
+__all__ = ['check_model_name', 'fetch_network', 'load', 'read_checkpoint', 'timm_name', 'weights_of']
 
 
 def check_model_name(name: str) -> None:
@@ -125,13 +127,15 @@ def load(model: str, checkpoint: str | Path = '', **kwargs: Any) -> nn.Module:
         fetch_network(name, weights=not checkpoint)
     try:
         with bounded():
-            return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None, **kwargs)
+            network: nn.Module = timm.create_model(
+                name, pretrained=not checkpoint, checkpoint_path=str(checkpoint) or None, **kwargs)
     except Exception as error:  # of any kind, since arguments come from a config
         if source is None and not isinstance(error, (*UNREADABLE, MemoryError)):
             raise  # arguments of the network, not its weights
         what = f"'{checkpoint}' as weights of '{model}'" if checkpoint else f"'{model}'"
         hint = ' (a run exports its best epoch to the folder model/)' if checkpoint else ''
         raise WeightsError(f'Cannot load {what}{hint}: {why_unreadable(error)}') from error
+    return network
 
 
 def read_checkpoint(path: str | Path, checked: bool = False) -> Any:
@@ -154,3 +158,20 @@ def read_checkpoint(path: str | Path, checked: bool = False) -> Any:
             return torch.load(path, map_location='cpu', weights_only=True)
     except (*UNREADABLE, ValueError) as error:
         raise WeightsError(f"'{path}' is broken or no checkpoint of PyTorch ({why_unreadable(error)}).") from error
+
+
+def weights_of(checkpoint: Any, path: Path, weights: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the weights of a training checkpoint by their names in the network, and which they are, 'ema' or 'raw'.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned.
+        path: Where it is from, for the WeightsError that tells that it has no such weights.
+        weights: 'raw', 'ema' (the moving average), or 'auto': the moving average where there is one.
+    """
+    keys = checkpoint if isinstance(checkpoint, Mapping) else {}
+    averaged = weights == 'ema' or (weights == 'auto' and 'state_dict_ema' in keys)
+    key = 'state_dict_ema' if averaged else 'state_dict'
+    if key not in keys:
+        raise WeightsError(f"'{path}' holds no {'moving average' if averaged else 'weights'} ({key}).")
+    state: dict[str, torch.Tensor] = clean_state_dict(keys[key])
+    return state, 'ema' if averaged else 'raw'

@@ -1,16 +1,13 @@
 """Results of a validation: bound to the weights that they were measured with by a hash"""
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dreal_timm.hub.files import read_json, read_yaml
 
 __all__ = [
     'check_control', 'is_reinforced', 'read_results', 'run_settings', 'shared_settings', 'training_record',
-    'training_settings', 'weights_digest',
+    'training_settings',
 ]
 
 _KEYS = {
@@ -35,21 +32,6 @@ _PRIVATE = (
     'log_kwargs')
 
 
-def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return a SHA-256 of names, shapes and numbers of a state dict, the same for a file and for the network loaded.
-
-    Args:
-        state: Tensors by name. Floating-point numbers count as float32, which float16 weights are loaded as.
-    """
-    found = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu()
-        tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
-        found.update(f'{name} {list(tensor.shape)} {tensor.dtype}\n'.encode())
-        found.update(tensor.numpy().tobytes())
-    return found.hexdigest()
-
-
 def _is(value: Any, kind: type) -> bool:
     """Whether a value of JSON is of a kind; a whole number is also a float, and a truth value is no number."""
     return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
@@ -65,26 +47,26 @@ def _check_number(results: Mapping[str, Any], key: str, kind: type) -> None:
 
 def _check_record(record: Any) -> None:
     """Raise a ValueError if a record of a training, or None, is not what a run writes."""
-    told = {} if record is None else record
-    rows = told.get('epochs', []) if isinstance(told, dict) else None
+    table = {} if record is None else record
+    rows = table.get('epochs', []) if isinstance(table, dict) else None
     if not isinstance(rows, list) or not all(
             isinstance(row, dict) and isinstance(row.get('device'), str) and _is(row.get('seconds'), float)
             and 0 <= row['seconds'] <= _HUGE for row in rows):
         raise ValueError('its record of the training is not what a run writes (epochs with seconds and device)')
-    changes = told.get('changes') or []
+    changes = table.get('changes') or []
     if not isinstance(changes, list) or not all(
             isinstance(row, dict) and _is(row.get('epoch'), int) and row['epoch'] >= 0
             and isinstance(row.get('settings'), dict)
             and all(isinstance(pair, list) and len(pair) == 2 for pair in row['settings'].values()) for row in changes):
         raise ValueError('its record of the training is not what a run writes (changes with epoch and settings)')
-    if not isinstance(told.get('versions') or {}, dict) or not isinstance(told.get('commit') or '', str):
+    if not isinstance(table.get('versions') or {}, dict) or not isinstance(table.get('commit') or '', str):
         raise ValueError('its record of the training is not what a run writes (versions, commit)')
 
 
 def _check_settings(settings: Any) -> None:
     """Raise a ValueError if settings of a training, or None, are no table with another under `dreal`."""
-    told = {} if settings is None else settings
-    if not isinstance(told, dict) or not isinstance(told.get('dreal') or {}, dict):
+    table = {} if settings is None else settings
+    if not isinstance(table, dict) or not isinstance(table.get('dreal') or {}, dict):
         raise ValueError('its settings of the training are no table, or `dreal` in them is none')
 
 
@@ -96,7 +78,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
         ValueError: It is none of these, or a result is no number.
     """
     try:
-        results = read_json(path, _LARGEST)
+        results: dict[str, Any] = read_json(path, _LARGEST)
     except ValueError as error:
         raise ValueError(f"'{path}' is no JSON ({error}).") from error
     reid = isinstance(results, dict) and 'mAP' in results
@@ -117,15 +99,16 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return results
 
 
-def _told(path: Path, check: Callable[[Any], None]) -> dict[str, Any] | None:
+def _read_table(path: Path, check: Callable[[Any], None]) -> dict[str, Any] | None:
+    """What a file holds that passes a check; None without one."""
     if not path.is_file():
         return None
     try:
-        told = read_json(path, _LARGEST) if path.suffix == '.json' else read_yaml(path)
-        check(told)
+        table: dict[str, Any] | None = read_json(path, _LARGEST) if path.suffix == '.json' else read_yaml(path)
+        check(table)
     except ValueError as error:
         raise ValueError(f"'{path}': {error}.") from error
-    return told
+    return table
 
 
 def training_settings(directory: Path) -> dict[str, Any] | None:
@@ -134,18 +117,18 @@ def training_settings(directory: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: The file is broken, giant, or no table.
     """
-    return _told(directory / 'training' / 'args.yaml', _check_settings)
+    return _read_table(directory / 'training' / 'args.yaml', _check_settings)
 
 
 def run_settings(source: Path) -> dict[str, Any] | None:
     """Return the settings that a run, a checkpoint in its folder, or what was exported of it was trained with."""
     folder = source.parent if source.is_file() else source
-    return _told(folder / 'args.yaml', _check_settings) or training_settings(folder)
+    return _read_table(folder / 'args.yaml', _check_settings) or training_settings(folder)
 
 
 def training_record(directory: Path) -> dict[str, Any] | None:
     """Return what its training was made with and how long its epochs took (`run.json`), where it is known."""
-    return _told(directory / 'training' / 'run.json', _check_record)
+    return _read_table(directory / 'training' / 'run.json', _check_record)
 
 
 def is_reinforced(settings: Mapping[str, Any]) -> bool:
@@ -182,7 +165,7 @@ def check_control(results: Mapping[str, Any], control: Mapping[str, Any]) -> Non
     if is_reinforced(plain):
         raise ValueError('control: it was reinforced too: train it with dreal.enabled=false.')
     own, other = trained.get('dreal') or {}, plain.get('dreal') or {}
-    changes = [_relevant_changes(told.get('run')) for told in (results, control)]
+    changes = [_relevant_changes(measured.get('run')) for measured in (results, control)]
     if changes[0] != changes[1]:
         raise ValueError(
             f'control: settings changed while it was trained ({changes[1] or "none"}), and not as those of the network '

@@ -1,6 +1,5 @@
 """`dreal-timm export`: a network out of a run, or of one of its checkpoints, as a folder for others"""
 import json
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,19 +8,20 @@ from typing import Any
 import timm
 import torch
 import yaml
-from timm.models import clean_state_dict, get_model_input_config
+from timm.models import get_model_input_config
 from torch import nn
 
 from dreal_timm.data.classes import names_of_config
+from dreal_timm.errors import reason
 from dreal_timm.hub.config import CONFIG, check_config
 from dreal_timm.hub.export import export, halved
 from dreal_timm.hub.files import read_bytes, read_json
-from dreal_timm.hub.loading import load, read_checkpoint
+from dreal_timm.hub.loading import load, read_checkpoint, weights_of
 from dreal_timm.hub.results import read_results, shared_settings
 from dreal_timm.hub.shapes import bounded
 from dreal_timm.hub.timm_run import is_timm_run, load_timm_run
 from dreal_timm.models.reid import ReidNetwork
-from dreal_timm.version import __version__
+from dreal_timm.provenance import preprocessing_of, versions
 
 __all__ = [
     'NETWORK', 'WEIGHTS', 'export_run', 'exported_folder', 'names_beside', 'names_of_weights', 'open_network',
@@ -31,21 +31,15 @@ __all__ = [
 NETWORK = 'network.json'  # config.json of the network that a run trains
 WEIGHTS = ('auto', 'ema', 'raw')
 _BEST = 'model_best.pth.tar'
-_DATA = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
 def _state(checkpoint: Any, path: Path, weights: str) -> tuple[Mapping[str, torch.Tensor], str]:
     """Weights of the plain network out of a checkpoint, and which they are."""
-    keys = checkpoint if isinstance(checkpoint, dict) else {}
-    averaged = weights == 'ema' or (weights == 'auto' and 'state_dict_ema' in keys)
-    key = 'state_dict_ema' if averaged else 'state_dict'
-    if key not in keys:
-        raise ValueError(f"'{path}' holds no {'moving average' if averaged else 'weights'} ({key}).")
-    state = clean_state_dict(keys[key])
+    state, taken = weights_of(checkpoint, path, weights)
     foreign = [name for name in state if name.split('.')[0] in ('critic', 'task', 'trainable_module')]
     if foreign:
         raise ValueError(f"'{path}' holds training-only weights ({foreign[0]}): it is not of a plain network.")
-    return state, 'ema' if averaged else 'raw'
+    return state, taken
 
 
 def _training(
@@ -54,18 +48,15 @@ def _training(
         weights: str,
         settings: Mapping[str, Any] | None,
 ) -> dict[str, bytes]:
-    """What is told of the training: its settings, its epochs, and which weights these are."""
-    told = {
+    """Files of the training: its settings, its epochs, and which weights these are."""
+    record = {
         'epoch': checkpoint.get('epoch'),
         'metric': checkpoint.get('metric'),
         'weights': weights,
         'seed': (checkpoint.get('args') or {}).get('seed') if isinstance(checkpoint.get('args'), Mapping) else None,
-        'exported_with': {
-            'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
-            'dreal_timm': __version__,
-        },
+        'exported_with': versions(python=True),
     }
-    files = {'training/checkpoint.json': (json.dumps(told, indent=2) + '\n').encode()}
+    files = {'training/checkpoint.json': (json.dumps(record, indent=2) + '\n').encode()}
     if settings:
         files['training/args.yaml'] = yaml.safe_dump(shared_settings(settings), sort_keys=False).encode()
     for name in ('run.json', 'summary.csv'):
@@ -74,7 +65,15 @@ def _training(
     return files
 
 
-def _build(run: Path) -> Any:
+def _shared(results: Mapping[str, Any]) -> bytes:
+    """Results as JSON, without paths of this machine."""
+    shared = {key: value for key, value in results.items() if key not in ('model', 'data')}
+    if shared.get('training'):
+        shared['training'] = shared_settings(shared['training'])
+    return (json.dumps(shared, indent=2) + '\n').encode()
+
+
+def _build(run: Path) -> nn.Module:
     """The network that a run trains, without weights."""
     if not (run / NETWORK).is_file():
         raise FileNotFoundError(f"'{run}' has no {NETWORK}, which a run writes when it starts: it is no folder of one.")
@@ -83,13 +82,13 @@ def _build(run: Path) -> Any:
             (Path(folder) / CONFIG).write_bytes(read_bytes(run / NETWORK, 2 ** 22))
             check_config(folder)
             with bounded():
-                return timm.create_model(f'local-dir:{folder}', pretrained=False)
+                network: nn.Module = timm.create_model(f'local-dir:{folder}', pretrained=False)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise ValueError(f"'{run / NETWORK}' describes no network ({reason}).") from error
+            raise ValueError(f"'{run / NETWORK}' describes no network ({reason(error)}).") from error
+    return network
 
 
-def _read(source: str | Path, weights: str) -> tuple[Any, Mapping[str, Any], Path, str]:
+def _read(source: str | Path, weights: str) -> tuple[nn.Module, Mapping[str, Any], Path, str]:
     """The network of a run or a checkpoint, the checkpoint, the run's folder, and which weights were taken."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got '{weights}'.")
@@ -106,8 +105,7 @@ def _read(source: str | Path, weights: str) -> tuple[Any, Mapping[str, Any], Pat
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f"'{path}' does not fit the network of '{run / NETWORK}': {reason}") from error
+        raise ValueError(f"'{path}' does not fit the network of '{run / NETWORK}': {reason(error)}") from error
     return model, checkpoint, run, taken
 
 
@@ -185,8 +183,13 @@ def open_network(model: str | Path, checkpoint: str | Path = '', **model_kwargs:
         if checkpoint:
             raise ValueError(f"'{model}' is of a run: name the checkpoint '{checkpoint}' alone.")
         return _read(model, 'auto')[0]
-    network: Any = load(str(exported or model), checkpoint, **model_kwargs)
-    names = names_of_weights(checkpoint) if checkpoint else None
+    network = load(str(exported or model), checkpoint, **model_kwargs)
+    _fit_config(network, names_of_weights(checkpoint) if checkpoint else None)
+    return network
+
+
+def _fit_config(network: Any, names: list[str] | None) -> None:
+    """Give the config of a network names of classes, where there are some, and a mean and a std for each channel."""
     if names is not None:
         network.pretrained_cfg = {**network.pretrained_cfg, 'label_names': names}
     channels = get_model_input_config(network)['input_size'][0]
@@ -194,7 +197,6 @@ def open_network(model: str | Path, checkpoint: str | Path = '', **model_kwargs:
         given = network.pretrained_cfg[key]
         if len(given) not in (1, channels):  # averaged, as timm's loaders do
             network.pretrained_cfg = {**network.pretrained_cfg, key: (sum(given) / len(given),) * channels}
-    return network
 
 
 def export_run(
@@ -238,7 +240,7 @@ def export_run(
     model, checkpoint, run, taken = _read(source, weights)
     if isinstance(model, ReidNetwork):
         model.reset_classifier(0)  # an embedding: nobody else has these identities
-    config = model.pretrained_cfg
+    config: Any = model.pretrained_cfg
     trained = checkpoint.get('args')  # those of the run may have changed since
     if not isinstance(trained, Mapping) and (run / 'args.yaml').is_file():
         trained = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
@@ -249,12 +251,6 @@ def export_run(
         measured['results'] = {**measure(exported), 'training': trained}
         if half:
             measured['float32'] = {**measure(model), 'training': trained}
-    for name, told in measured.items():
-        told = {key: value for key, value in told.items() if key not in ('model', 'data')}  # paths of this machine
-        if told.get('training'):
-            told['training'] = shared_settings(told['training'])
-        files[f'training/{name}.json'] = (json.dumps(told, indent=2) + '\n').encode()
+    files.update({f'training/{name}.json': _shared(content) for name, content in measured.items()})
     return export(
-        model, directory, data_config={key: config[key] for key in _DATA if key in config},
-        half=half, files=files, fresh_process=True,
-    )
+        model, directory, data_config=preprocessing_of(config), half=half, files=files, fresh_process=True)

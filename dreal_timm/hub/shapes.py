@@ -107,26 +107,26 @@ def check_weights(directory: Path, name: str, exported: bool) -> None:
             them, and is strict itself.
     """
     what = f"'{directory}', {name}"
-    found = read_shapes(directory / name)
-    with bounded(len(found), sum(math.prod(shape) for _, shape in found.values())):
+    tensors = read_shapes(directory / name)
+    with bounded(len(tensors), sum(math.prod(shape) for _, shape in tensors.values())):
         network = build(f'local-dir:{directory}')
     expected = {
         name: ('float' if tensor.is_floating_point() else 'int', list(tensor.shape))
         for name, tensor in network.state_dict().items()}
     for word, names in (
-        ('has no', expected.keys() - found.keys()), ('has a foreign', found.keys() - expected.keys()),
+        ('has no', expected.keys() - tensors.keys()), ('has a foreign', tensors.keys() - expected.keys()),
     ):
         if names and exported:
             raise WeightsError(
                 f'{what}: it {word} {printable(min(names)[:60])}: it is of another architecture than {CONFIG}.')
-    for key, (kind, shape) in found.items():
+    for key, (kind, shape) in tensors.items():
         if (kind, shape) != expected.get(key, (kind, shape)):
             raise WeightsError(
                 f'{what}: {printable(key[:60])} is {kind} {shape} and not {expected[key][0]} {expected[key][1]}: '
                 f'it is of another architecture than {CONFIG}.')
-    told = network.pretrained_cfg.get('num_classes')
-    classes = getattr(network, 'num_classes', told)
-    if told != classes:  # timm would leave the classifier out
+    named = network.pretrained_cfg.get('num_classes')
+    classes = getattr(network, 'num_classes', named)
+    if named != classes:  # timm would leave the classifier out
         raise WeightsError(
-            f"'{directory}', {CONFIG}: it tells of {told} classes, and the network has {classes}: the classifier would "
-            'start at random.')
+            f"'{directory}', {CONFIG}: it tells of {named} classes, and the network has {classes}: the classifier "
+            'would start at random.')

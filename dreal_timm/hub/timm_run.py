@@ -6,19 +6,20 @@ from typing import Any
 import timm
 import yaml
 from timm.data import resolve_data_config
-from timm.models import clean_state_dict, resolve_model_input_args
+from timm.models import resolve_model_input_args
+from torch import nn
 
 from dreal_timm.data.classes import index_names
 from dreal_timm.data.folders import read_class_map
-from dreal_timm.errors import WeightsError
-from dreal_timm.hub.loading import check_model_name, read_checkpoint
+from dreal_timm.errors import WeightsError, reason
+from dreal_timm.hub.loading import check_model_name, read_checkpoint, weights_of
 from dreal_timm.hub.shapes import bounded
 from dreal_timm.models.sources import check_arguments
+from dreal_timm.provenance import preprocessing_of
 
 __all__ = ['is_timm_run', 'load_timm_run']
 
 _ARGUMENTS, _BEST = 'args.yaml', 'model_best.pth.tar'
-_DATA = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
 def is_timm_run(path: str | Path) -> bool:
@@ -29,14 +30,25 @@ def is_timm_run(path: str | Path) -> bool:
     return Path(path).is_file() or (folder / _BEST).is_file()
 
 
-def _arguments(folder: Path) -> dict[str, Any]:
+def _arguments(folder: Path, model_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What train.py was called with, and the options of the model with a user's own; the folder may be anybody's."""
+    file = folder / _ARGUMENTS
     try:
-        found = yaml.safe_load((folder / _ARGUMENTS).read_text(encoding='utf-8'))
+        args = yaml.safe_load(file.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{folder / _ARGUMENTS}' cannot be read ({' '.join(str(error).split())[:100]}).") from error
-    if not isinstance(found, dict) or not isinstance(found.get('model'), str):
-        raise ValueError(f"'{folder / _ARGUMENTS}' names no model: it is not what timm's train.py writes.")
-    return found
+        raise ValueError(f"'{file}' cannot be read ({reason(error)}).") from error
+    if not isinstance(args, dict) or not isinstance(args.get('model'), str):
+        raise ValueError(f"'{file}' names no model: it is not what timm's train.py writes.")
+    kwargs = {**(args.get('model_kwargs') or {}), **model_kwargs}
+    try:
+        check_arguments(kwargs)
+    except ValueError as error:
+        raise WeightsError(f"'{file}': {error}") from error
+    if any(sign in args['model'] for sign in ':/'):
+        raise WeightsError(
+            f"'{file}': its model '{args['model'][:60]}' is an address: arguments may not fetch or open anything.")
+    check_model_name(args['model'])
+    return args, kwargs
 
 
 def _names(args: dict[str, Any], folder: Path) -> list[str]:
@@ -57,7 +69,7 @@ def load_timm_run(
         weights: str = 'auto',
         checkpoint: str | Path = '',
         **model_kwargs: Any,
-) -> tuple[Any, dict[str, Any], str]:
+) -> tuple[nn.Module, dict[str, Any], str]:
     """Return the network that timm's train.py trained, what its checkpoint holds, and which weights were taken.
 
     Its config has the preprocessing that it was validated with.
@@ -77,26 +89,13 @@ def load_timm_run(
     file = Path(checkpoint or (path if Path(path).is_file() else folder / _BEST))
     if not file.is_file():
         raise FileNotFoundError(f"No checkpoint '{file}'.")
-    args = _arguments(folder)
-    kwargs = {**(args.get('model_kwargs') or {}), **model_kwargs}
-    try:
-        check_arguments(kwargs)  # the folder may be a stranger's
-    except ValueError as error:
-        raise WeightsError(f"'{folder / _ARGUMENTS}': {error}") from error
-    if any(sign in args['model'] for sign in ':/'):
-        raise WeightsError(
-            f"'{folder / _ARGUMENTS}': its model '{args['model'][:60]}' is an address: arguments may not fetch or open "
-            'anything.')
-    check_model_name(args['model'])
+    args, kwargs = _arguments(folder, model_kwargs)
     content = read_checkpoint(file)
     if not isinstance(content, Mapping):
         raise WeightsError(f"'{file}' is no checkpoint of timm's train.py.")
-    averaged = weights == 'ema' or (
-        weights == 'auto' and 'state_dict_ema' in content and not args.get('model_ema_force_cpu'))
-    key = 'state_dict_ema' if averaged else 'state_dict'
-    if key not in content:
-        raise WeightsError(f"'{file}' holds no {'moving average' if averaged else 'weights'} ({key}).")
-    state = clean_state_dict(content[key])
+    if weights == 'auto' and args.get('model_ema_force_cpu'):  # the epoch was chosen by the weights themselves
+        weights = 'raw'
+    state, taken = weights_of(content, file, weights)
     built = resolve_model_input_args(
         args['model'],
         {name: args.get(name) for name in ('in_chans', 'input_size', 'img_size')},
@@ -105,16 +104,15 @@ def load_timm_run(
             'bn_momentum': args.get('bn_momentum'), **kwargs},
     )
     with bounded():
-        model = timm.create_model(pretrained=False, **built)
+        model: Any = timm.create_model(pretrained=False, **built)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:200]
         raise WeightsError(
-            f"'{file}' does not fit {args['model']} as '{_ARGUMENTS}' has it: {reason}. --model-kwargs names what "
-            'the arguments do not.') from error
+            f"'{file}' does not fit {args['model']} as '{_ARGUMENTS}' has it: {reason(error)}. --model-kwargs names "
+            'what the arguments do not.') from error
     data = resolve_data_config({**args, 'in_chans': built.get('in_chans')}, model=model)
-    model.pretrained_cfg = {**model.pretrained_cfg, **{name: data[name] for name in _DATA if name in data}}
+    model.pretrained_cfg = {**model.pretrained_cfg, **preprocessing_of(data)}
     if args.get('class_map'):
         model.pretrained_cfg['label_names'] = _names(args, folder)
-    return model, {**content, 'args': args}, 'ema' if averaged else 'raw'
+    return model, {**content, 'args': args}, taken

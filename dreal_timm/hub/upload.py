@@ -10,10 +10,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from dreal_timm.errors import WeightsError, printable
+from dreal_timm.errors import WeightsError, printable, reason
 from dreal_timm.hub.export import check_export
 from dreal_timm.hub.fetch import explain
-from dreal_timm.hub.files import check_front_matter, read_bytes
+from dreal_timm.hub.files import check_front_matter, check_place, read_bytes
 from dreal_timm.hub.folder import SUMS, UNLISTED, check_folder, read_checksums
 from dreal_timm.hub.shapes import read_shapes
 
@@ -70,7 +70,7 @@ def _check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"'{repo}': {' '.join(str(error).split())}") from error
+        raise ValueError(f"'{repo}': {reason(error)}") from error
     if repo.count('/') != 1:
         raise ValueError(f"Name the repository as USER/NAME, got '{repo}'.")
 
@@ -122,8 +122,7 @@ def _check_card(directory: Path) -> None:
         check_front_matter(text)
         card = ModelCard(text)
     except Exception as error:  # of the YAML parser, the decoder, or the client's own
-        reason = ' '.join(str(error).split())[:150]
-        raise WeightsError(f'{what}: its front matter cannot be read ({reason}).') from error
+        raise WeightsError(f'{what}: its front matter cannot be read ({reason(error)}).') from error
     if card.data.get('library_name') != 'timm':
         raise WeightsError(f"{what}: its front matter must say 'library_name: timm'.")
 
@@ -161,13 +160,14 @@ def prepare(directory: str | Path, repo: str) -> Plan:
             raise WeightsError(f"'{directory}', {name}: it is larger than what an export writes: export again.")
     check_folder(directory, everything=True)
     _check_card(directory)
+    check_place(directory, _TENSORS)
     try:
         size = read_shapes(directory / _TENSORS)['input'][1]
         if math.prod(size) > _NUMBERS:
             raise ValueError(f'{_TENSORS} has an input of {size}, which is too large to try')
         check_export(directory)
     except Exception as error:  # of any kind, since the tensors come from a file
-        raise WeightsError(f"'{directory}': {' '.join(str(error).split())[:200]}") from error
+        raise WeightsError(f"'{directory}': {reason(error)}") from error
     sizes = {name: (directory / name).stat().st_size for name in names}
     sizes[CARD] = len(_card(directory, repo))
     return Plan(directory, repo, sizes)
@@ -176,6 +176,12 @@ def prepare(directory: str | Path, repo: str) -> Plan:
 def _card(directory: Path, repo: str) -> bytes:
     """The card, whose lines of use name the repository."""
     return read_bytes(directory / CARD, _CARD_BYTES).replace(b'hf-hub:USER/NAME', f'hf-hub:{repo}'.encode())
+
+
+def _additions(plan: Plan) -> list[CommitOperationAdd]:
+    return [
+        CommitOperationAdd(name, _card(plan.directory, plan.repo) if name == CARD else plan.directory / name)
+        for name in plan.files]
 
 
 def _stale(plan: Plan, present: set[str]) -> list[CommitOperationDelete]:
@@ -194,7 +200,7 @@ def _create(api: HfApi, repo: str, private: bool) -> bool:
 
 
 def _remove(api: HfApi, repo: str) -> str:
-    """Remove a repository that this push created, if no commit of it has arrived; return what is to be told."""
+    """Remove a repository that this push created, if no commit of it has arrived; return what became of it."""
     try:
         info = api.model_info(repo, timeout=10)
         if any(sibling.rfilename != '.gitattributes' for sibling in info.siblings or ()):
@@ -236,33 +242,29 @@ def push(
         raise ValueError('A pull request has no commit of the repository yet that could get a tag: give it later.')
     plan = prepare(directory, repo)
     check_target(repo)
-    added = [
-        CommitOperationAdd(name, _card(plan.directory, repo) if name == CARD else plan.directory / name)
-        for name in plan.files]
-    api, created = HfApi(), False
+    api, created, added = HfApi(), False, _additions(plan)
     try:
         created = not create_pr and _create(api, repo, private)
         info = api.model_info(repo, timeout=10)
         if tag and any(known.name == tag for known in api.list_repo_refs(repo).tags):
             raise WeightsError(f"'{repo}' has a tag '{tag}' already: nothing was sent.")
         present = {sibling.rfilename for sibling in info.siblings or ()}
-        done = api.create_commit(
+        commit = api.create_commit(
             repo, [*added, *_stale(plan, present)], commit_message=message or f'Upload {plan.directory.name}',
             create_pr=create_pr, parent_commit=info.sha)
     except Exception as error:  # the client's own, and those of the two libraries that it sends requests with
-        told = _remove(api, repo) if created else ''
+        left = _remove(api, repo) if created else ''
         if isinstance(error, WeightsError):
             raise
-        raise WeightsError(f"'{repo}': it was not sent: {explain(error, repo)}{told}.") from error
+        raise WeightsError(f"'{repo}': it was not sent: {explain(error, repo)}{left}.") from error
     except KeyboardInterrupt:
         if created:
             _remove(api, repo)
         raise
     if tag:
         try:
-            api.create_tag(repo, tag=tag, revision=done.oid)
+            api.create_tag(repo, tag=tag, revision=commit.oid)
         except Exception as error:
             raise WeightsError(
-                f"'{repo}': it was sent, as {done.oid}, but has no tag '{tag}': {explain(error, repo)}.") from error
-    changed = done.oid != info.sha
-    return Pushed(str(done.pr_url or done.commit_url), done.oid, changed)
+                f"'{repo}': it was sent, as {commit.oid}, but has no tag '{tag}': {explain(error, repo)}.") from error
+    return Pushed(str(commit.pr_url or commit.commit_url), commit.oid, commit.oid != info.sha)

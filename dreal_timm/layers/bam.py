@@ -70,5 +70,5 @@ class BamModule(nn.Module):
         self.gate = create_act_layer(gate_layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        attention = self.gate(self.channel(x.mean((2, 3), keepdim=True)) + self.spatial(x))
+        attention: torch.Tensor = self.gate(self.channel(x.mean((2, 3), keepdim=True)) + self.spatial(x))
         return x + x * attention

@@ -16,7 +16,13 @@ class GemPool(nn.Module):
         eps: Least value that a feature counts as.
     """
 
-    def __init__(self, p: float = 3.0, eps: float = 1e-6, device=None, dtype=None):  # noqa: ANN001
+    def __init__(
+            self,
+            p: float = 3.0,
+            eps: float = 1e-6,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.p = nn.Parameter(torch.full((1,), p, device=device, dtype=dtype))
         self.eps = eps

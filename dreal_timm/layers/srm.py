@@ -58,7 +58,8 @@ class SrmModule(nn.Module):
     def style_integrate(self, style: torch.Tensor) -> torch.Tensor:
         """Return the map (B, C, 1, 1) of a style (B, C, 2)."""
         x = (style * self.cfc).sum(2)
-        return self.gate(self.bn(x[:, :, None, None]))
+        attention: torch.Tensor = self.gate(self.bn(x[:, :, None, None]))
+        return attention
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         attention = self.style_integrate(self.style(self.style_pool(x)))

@@ -14,12 +14,14 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 from torch.nn import functional as F
 
+from dreal_timm.errors import reason
 from dreal_timm.layers import GemPool
 from dreal_timm.models.sources import FETCHING, check_source
 
 __all__ = ['ReidNetwork', 'portable_arguments', 'remove_last_stride']
 
 _POOLS = ('avg', 'max', 'gem')
+_REGULARIZATION = {'drop_path_rate', 'drop_block_rate', 'bn_momentum', 'bn_eps'}
 _HINT = ' (last_stride=2 leaves it)'
 _Sizes = dict[str, tuple[int, int]]
 
@@ -47,9 +49,8 @@ def _sizes(model: nn.Module, input: torch.Tensor) -> tuple[_Sizes, _Sizes, int]:
         with torch.no_grad():
             last = model.forward_features(input)  # type: ignore[operator]
     except (AssertionError, RuntimeError) as error:
-        reason = ' '.join(str(error).split())[:120]
         size = tuple(input.shape[1:])
-        raise ValueError(f'{type(model).__name__} cannot be tried with {size}{_HINT}: {reason}') from error
+        raise ValueError(f'{type(model).__name__} cannot be tried with {size}{_HINT}: {reason(error)}') from error
     finally:
         model.train(was_training)
         for handle in handles:
@@ -108,9 +109,10 @@ class ReidNetwork(nn.Module):
         neck: Whether a batch norm without a bias stands between features and classifier.
         drop_rate: Dropout before the classifier.
         backbone_args: Further arguments of the backbone.
-        drop_path_rate, drop_block_rate, bn_momentum, bn_eps: Of the backbone; None leaves its own.
+        **regularization: drop_path_rate, drop_block_rate, bn_momentum and bn_eps of the backbone; None leaves its own.
 
     Raises:
+        TypeError: An argument of another name.
         ValueError: A wrong choice, or a backbone without a last stride that could be removed.
     """
 
@@ -124,19 +126,17 @@ class ReidNetwork(nn.Module):
             neck: bool = True,
             drop_rate: float = 0.0,
             backbone_args: dict[str, Any] | None = None,
-            drop_path_rate: float | None = None,
-            drop_block_rate: float | None = None,
-            bn_momentum: float | None = None,
-            bn_eps: float | None = None,
+            **regularization: float | None,
     ):
         super().__init__()
+        unknown = sorted(regularization.keys() - _REGULARIZATION)
+        if unknown:
+            raise TypeError(f"ReidNetwork.__init__() got an unexpected keyword argument '{unknown[0]}'")
         if global_pool not in _POOLS or last_stride not in (1, 2):
             raise ValueError(
                 f"global_pool must be one of {', '.join(_POOLS)} and last_stride 1 or 2, got '{global_pool}' and "
                 f'{last_stride}.')
-        options = dict(
-            drop_path_rate=drop_path_rate, drop_block_rate=drop_block_rate, bn_momentum=bn_momentum, bn_eps=bn_eps)
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in regularization.items() if value is not None}
         self.backbone: Any = timm.create_model(
             backbone, num_classes=0, global_pool='', in_chans=in_chans, **{**given, **(backbone_args or {})})
         if last_stride == 1:
@@ -181,12 +181,14 @@ class ReidNetwork(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Return the last feature map, (B, C, H, W)."""
-        return self.backbone.forward_features(x)
+        features: torch.Tensor = self.backbone.forward_features(x)
+        return features
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Pool a feature map to features, (B, C)."""
         if self.pool_type == 'gem':
-            return self.global_pool(x)
+            pooled: torch.Tensor = self.global_pool(x)
+            return pooled
         pool = F.adaptive_max_pool2d if self.pool_type == 'max' else F.adaptive_avg_pool2d
         return pool(x, 1).flatten(1)
 
@@ -195,7 +197,8 @@ class ReidNetwork(nn.Module):
         x = self.neck(self.pool(x))
         if pre_logits:
             return x
-        return self.fc(F.dropout(x, self.drop_rate, self.training))
+        logits: torch.Tensor = self.fc(F.dropout(x, self.drop_rate, self.training))
+        return logits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits of the identities, (B, num_classes), or embeddings, (B, C), without a classifier."""
@@ -215,16 +218,22 @@ class ReidNetwork(nn.Module):
             for name, value in groups.items()}
 
 
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """What timm built a network with, which it notes in a private attribute."""
+    arguments: dict[str, Any] = getattr(model, '_model_args', {})
+    return arguments
+
+
 def portable_arguments(model: ReidNetwork) -> dict[str, Any]:
     """Return `backbone` and `backbone_args` for a config: they build the same network, and fetch and open nothing."""
-    given: dict[str, Any] = getattr(model, '_model_args', {})
-    found: dict[str, Any] = {name: given[name] for name in ('backbone', 'backbone_args') if name in given}
-    if any(sign in found.get('backbone', '') for sign in ':/\\'):  # of the Hub or a folder, whose config named more
-        found = {'backbone': model.backbone.pretrained_cfg['architecture'], 'backbone_args': model.backbone._model_args}
-    if found.get('backbone_args'):
+    given = {name: value for name, value in _arguments(model).items() if name in ('backbone', 'backbone_args')}
+    if any(sign in given.get('backbone', '') for sign in ':/\\'):  # of the Hub or a folder, whose config named more
+        backbone: Any = model.backbone
+        given = {'backbone': backbone.pretrained_cfg['architecture'], 'backbone_args': _arguments(backbone)}
+    if given.get('backbone_args'):
         own = {*FETCHING, 'num_classes', 'global_pool', 'in_chans'}
-        found['backbone_args'] = {key: value for key, value in found['backbone_args'].items() if key not in own}
-    return found
+        given['backbone_args'] = {key: value for key, value in given['backbone_args'].items() if key not in own}
+    return given
 
 
 default_cfgs = generate_default_cfgs({
@@ -247,4 +256,5 @@ def dreal_reid(pretrained: bool = False, **kwargs: Any) -> ReidNetwork:
     if inner is not None:  # which weights are fitted to the channels of the images by
         first = f'backbone.{inner}' if isinstance(inner, str) else tuple(f'backbone.{name}' for name in inner)
         kwargs['pretrained_cfg_overlay'] = {'first_conv': first, **(kwargs.get('pretrained_cfg_overlay') or {})}
-    return build_model_with_cfg(ReidNetwork, 'dreal_reid', pretrained, **kwargs)
+    network: ReidNetwork = build_model_with_cfg(ReidNetwork, 'dreal_reid', pretrained, **kwargs)
+    return network

@@ -62,12 +62,12 @@ def check_source(arguments: Mapping[str, Any]) -> None:
             build one and drop the classifier for the other.
     """
     config: Any = arguments.get('pretrained_cfg')
-    told = config if isinstance(config, Mapping) else getattr(config, '__dict__', {})
-    if told.get('source') not in _SOURCES:
+    values = config if isinstance(config, Mapping) else getattr(config, '__dict__', {})
+    if values.get('source') not in _SOURCES:
         return
     saved = arguments.get('pretrained_model_args') or {}
     check_arguments(saved)
-    classes = told.get('num_classes', 1000)  # timm's own where there is none
+    classes = values.get('num_classes', 1000)  # timm's own where there is none
     if saved.get('num_classes', classes) != classes:
         raise ValueError(
             f"the config names {saved['num_classes']} classes in model_args and {classes} beside them: "

@@ -65,6 +65,33 @@ def _some(names: Sequence[Any], count: int = 3) -> str:
     return ', '.join(map(str, names[:count])) + more
 
 
+def _answers(data: ReidData, lost: Sequence[ReidImage], camera_rule: str) -> list[str]:
+    """Problems of the queries, some of which are lost: nothing answers them."""
+    problems = []
+    cameras = {image.camid for image in (*data.query, *data.gallery)}
+    if camera_rule == 'exclude' and len(cameras) == 1:
+        problems.append('queries and gallery are of one camera, so that nothing answers: use --camera-rule ignore')
+    elif lost:
+        where = 'of another camera ' if camera_rule == 'exclude' else ''
+        problems.append(
+            f'{len(lost):,} of {len(data.query):,} queries have no image {where}in the gallery that answers, and are '
+            f'left out of the numbers: {_some([image.path.name for image in lost])}')
+    distractors = sum(image.pid == DISTRACTOR for image in data.query)
+    if distractors:
+        problems.append(
+            f'{distractors:,} queries are of identity 0, which is that of distractors and answers nothing: count '
+            'identities from 1')
+    return problems
+
+
+def _broken(data: ReidData, workers: int) -> list[str]:
+    """Images that cannot be used, with the reason."""
+    paths = list(dict.fromkeys(image.path for split in (*SPLITS, 'extra') for image in getattr(data, split)))
+    with ThreadPoolExecutor(workers) as pool:
+        reasons = pool.map(why_broken, paths)
+        return [f'{path} ({reason})' for path, reason in zip(paths, reasons, strict=True) if reason]
+
+
 def check_reid(
         data: ReidData,
         images_per_identity: int = 8,
@@ -86,22 +113,8 @@ def check_reid(
             'identities': len(data.identities(split)), 'images': len(getattr(data, split)),
             'cameras': len({image.camid for image in getattr(data, split)})}
         for split in SPLITS}
-    problems, details = [], {}
     lost = unanswered(data, camera_rule)
-    details['unanswered'] = [str(image.path) for image in lost]
-    cameras = {image.camid for image in (*data.query, *data.gallery)}
-    if camera_rule == 'exclude' and len(cameras) == 1:
-        problems.append('queries and gallery are of one camera, so that nothing answers: use --camera-rule ignore')
-    elif lost:
-        where = 'of another camera ' if camera_rule == 'exclude' else ''
-        problems.append(
-            f'{len(lost):,} of {len(data.query):,} queries have no image {where}in the gallery that answers, and are '
-            f'left out of the numbers: {_some([image.path.name for image in lost])}')
-    distractors = sum(image.pid == DISTRACTOR for image in data.query)
-    if distractors:
-        problems.append(
-            f'{distractors:,} queries are of identity 0, which is that of distractors and answers nothing: count '
-            'identities from 1')
+    problems, details = _answers(data, lost, camera_rule), {'unanswered': [str(image.path) for image in lost]}
     sizes = Counter(image.pid for image in data.train)
     few = [data.names.get(pid, str(pid)) for pid in sorted(sizes) if sizes[pid] < images_per_identity]
     details['few_images'] = few
@@ -123,11 +136,7 @@ def check_reid(
             f"{len(details['repeated']):,} files are listed more than once, in a split or in several: "
             f"{_some(details['repeated'])}")
     if read_images:
-        paths = list(dict.fromkeys(image.path for split in (*SPLITS, 'extra') for image in getattr(data, split)))
-        with ThreadPoolExecutor(workers) as pool:
-            reasons = pool.map(why_broken, paths)
-            broken = [f'{path} ({reason})' for path, reason in zip(paths, reasons, strict=True) if reason]
-        details['broken'] = broken
+        details['broken'] = broken = _broken(data, workers)
         if broken:
             problems.append(f'{len(broken):,} images cannot be used: {_some(broken)}')
     return Check(data, counts, tuple(problems), details)

@@ -7,27 +7,36 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import create_loader, resolve_model_data_config
 from torch import nn
 
-from dreal_timm.hub import read_network, weights_digest
+from dreal_timm.hub import read_network
 from dreal_timm.hub.results import run_settings, training_record, training_settings
 from dreal_timm.models.reid import ReidNetwork
+from dreal_timm.provenance import preprocessing_of, versions, weights_digest
 from dreal_timm.reid.checking import unanswered
 from dreal_timm.reid.images import ReidSet, check_images
 from dreal_timm.reid.layouts import ReidData, ReidImage, open_reid, origin
 from dreal_timm.reid.metrics import CAMERA_RULES, distance_blocks, pool_queries, score
-from dreal_timm.reid.reranking import check_rerank, rerank
-from dreal_timm.version import __version__
+from dreal_timm.reid.reranking import Reranking, rerank
+from dreal_timm.utils.transfer import pick_device
 
 __all__ = [
-    'check_answers', 'check_apart', 'check_reranked', 'embed', 'evaluate_features', 'evaluate_network',
-    'evaluate_reid', 'extract_features', 'feature_loader', 'open_checked', 'pooled_queries', 'settings_of', 'told_of',
+    'check_answers',
+    'check_apart',
+    'check_reranked',
+    'embed',
+    'evaluate_features',
+    'evaluate_network',
+    'evaluate_reid',
+    'extract_features',
+    'feature_loader',
+    'open_checked',
+    'pooled_queries',
+    'record_of',
+    'settings_of',
 ]
-
-_PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
 def embed(model: Any, images: torch.Tensor) -> torch.Tensor:
@@ -37,7 +46,8 @@ def embed(model: Any, images: torch.Tensor) -> torch.Tensor:
         model: The network.
         images: Images, (N, channels, H, W).
     """
-    return model.forward_head(model.forward_features(images), pre_logits=True)
+    embeddings: torch.Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+    return embeddings
 
 
 @torch.inference_mode()
@@ -65,7 +75,7 @@ def extract_features(
         FloatingPointError: Features are not finite.
     """
     model.eval()
-    found = []
+    batches = []
     for images, _ in loader:
         images = images.to(device)
         if channels_last:
@@ -74,8 +84,8 @@ def extract_features(
             features = embed(model, images).float()
             if flip:
                 features = (features + embed(model, images.flip(-1)).float()) / 2
-        found.append(features)
-    features = torch.cat(found)
+        batches.append(features)
+    features = torch.cat(batches)
     if not features.norm(dim=1).isfinite().all():  # a length beyond float32 would make a cosine of 0 with all
         raise FloatingPointError(
             'The network gives features that are not finite: it has diverged, or its weights are broken.')
@@ -114,7 +124,7 @@ def feature_loader(
     dataset = ReidSet(images, channels=preprocessing['input_size'][0])
     return create_loader(
         dataset, batch_size=batch_size, num_workers=workers, device=device, persistent_workers=False,
-        **{key: preprocessing[key] for key in _PREPROCESSING if key in preprocessing}, **kwargs)
+        **preprocessing_of(preprocessing), **kwargs)
 
 
 def check_answers(data: ReidData, camera_rule: str = 'exclude') -> None:
@@ -170,9 +180,7 @@ def evaluate_features(
         reranked: bool = False,
         extra: torch.Tensor | None = None,
         multi_query: bool = False,
-        k1: int = 20,
-        k2: int = 6,
-        weight: float = 0.3,
+        **reranking: Any,
 ) -> dict[str, float]:
     """Return 'mAP', 'rank1', 'rank5', 'rank10', 'rank20', 'mINP' (percent), 'queries' and 'skipped'.
 
@@ -185,7 +193,7 @@ def evaluate_features(
         reranked: Whether the ranking is that of k-reciprocal re-ranking by this metric.
         extra: Features of `data.extra`, for multi query.
         multi_query: One query for each identity and camera, see `pooled_queries`.
-        k1, k2, weight: Of re-ranking, see `rerank`.
+        **reranking: k1, k2 and weight of re-ranking, see `rerank`.
 
     Raises:
         ValueError: Unknown metric or rule; too few images for k1.
@@ -206,21 +214,15 @@ def evaluate_features(
         pids = _pids(data.query, query.device)
         # with 'ignore' it is the query's own file that is left out, as if each file were a camera
         camids, known = _origins(data, data.query, camera_rule, query.device)
-    blocks = rerank(query, gallery, k1, k2, weight, metric) if reranked else distance_blocks(query, gallery, metric)
-    found = score(blocks, pids, gallery_pids, camids, known).summary()
-    return {'mAP': found.pop('mAP'), **found}
+    ranked = rerank(query, gallery, metric=metric, **reranking) if reranked else distance_blocks(query, gallery, metric)
+    metrics = score(ranked, pids, gallery_pids, camids, known).summary()
+    return {'mAP': metrics.pop('mAP'), **metrics}
 
 
-def check_reranked(
-        data: ReidData,
-        multi_query: bool = False,
-        k1: int = 20,
-        k2: int = 6,
-        weight: float = 0.3,
-) -> None:
+def check_reranked(data: ReidData, multi_query: bool = False, **reranking: Any) -> None:
     """Raise a ValueError if a data set cannot be re-ranked by these numbers, see `rerank`."""
     queries = len({(image.pid, image.camid) for image in data.query}) if multi_query else len(data.query)
-    check_rerank(queries + len(data.gallery), k1, k2, weight)
+    Reranking(**reranking).check(queries + len(data.gallery))
 
 
 def evaluate_network(
@@ -231,39 +233,46 @@ def evaluate_network(
         flip: bool = True,
         reranked: bool = False,
         multi_query: bool = False,
-        k1: int = 20,
-        k2: int = 6,
-        weight: float = 0.3,
         batch_size: int = 128,
         workers: int = 2,
         device: torch.device | str | None = None,
+        **reranking: Any,
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """Evaluate a network that is built already; arguments and results are those of `evaluate_reid`.
+    """Evaluate a network that is built already; results are those of `evaluate_reid`.
 
     Args:
         network: A network of timm, which is moved to the device and put into evaluation mode. An embedding network
             loses its classifier.
         data: The data set, from `open_checked`.
+        metric: 'cosine' or 'euclidean'.
+        camera_rule: 'exclude' or 'ignore', see `evaluate_features`.
+        flip: Whether features are means with those of the mirror image.
+        reranked: Whether the ranking is that of k-reciprocal re-ranking.
+        multi_query: One query for each identity and camera, see `pooled_queries`.
+        batch_size: Images a step.
+        workers: Loader processes.
+        device: Device; None takes an accelerator where there is one.
+        **reranking: k1, k2 and weight of re-ranking, see `rerank`.
 
     Returns:
         Results, and the features of queries and gallery.
     """
     model: Any = network
-    asked = data.extra if multi_query else []
-    images = [*data.query, *data.gallery, *asked]
+    extra_images = data.extra if multi_query else []
+    images = [*data.query, *data.gallery, *extra_images]
     if reranked:
-        check_reranked(data, multi_query, k1, k2, weight)
+        check_reranked(data, multi_query, **reranking)
     if isinstance(model, ReidNetwork):
         model.reset_classifier(0)  # as it is exported
     digest = weights_digest(model.state_dict())
     preprocessing = resolve_model_data_config(model)
-    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    where = pick_device(device)
     loader = feature_loader(images, preprocessing, where, batch_size, workers)
     features = extract_features(model.to(where), loader, where, flip)
     check_apart(features, metric)
-    query, gallery, extra = features.split([len(data.query), len(data.gallery), len(asked)])
+    query, gallery, extra = features.split([len(data.query), len(data.gallery), len(extra_images)])
     metrics = evaluate_features(
-        query, gallery, data, metric, camera_rule, reranked, extra if asked else None, multi_query, k1, k2, weight)
+        query, gallery, data, metric, camera_rule, reranked, extra if extra_images else None, multi_query, **reranking)
     if not metrics['queries']:
         raise ValueError(f"'{data.root}': no image of the gallery answers any of the queries, of which each is pooled.")
     results = {
@@ -271,10 +280,9 @@ def evaluate_network(
         'dataset': f'reid/{data.layout}', 'split': 'query', 'samples': len(data.query) + len(data.gallery),
         'settings': {
             'metric': metric, 'camera_rule': camera_rule, 'flip': flip, 'rerank': reranked,
-            **({'k1': k1, 'k2': k2, 'lambda': weight} if reranked else {}), 'multi_query': multi_query},
+            **(Reranking(**reranking).settings() if reranked else {}), 'multi_query': multi_query},
         **metrics,
-        'preprocessing': {key: preprocessing[key] for key in _PREPROCESSING},
-        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__},
+        'preprocessing': preprocessing_of(preprocessing), 'versions': versions(),
     }
     return results, query, gallery
 
@@ -292,9 +300,7 @@ def evaluate_reid(
             'hf-hub:USER/NAME', or the name of a model of timm.
         directory: Folder of the data set, or its table.
         layout: Name of the layout; empty looks what it is.
-        **options: metric, camera_rule, reranked, multi_query, k1, k2, weight: see `evaluate_features`. flip: whether
-            features are means with those of the mirror image (True). batch_size: images a step (128). workers: loader
-            processes (2). device: None takes an accelerator where there is one.
+        **options: See `evaluate_network`.
 
     Returns:
         Results ('model', 'data', 'architecture', 'weights_sha256', 'dataset', 'split', 'samples', 'settings', the
@@ -309,7 +315,7 @@ def evaluate_reid(
     """
     data = open_checked(directory, layout, options.get('camera_rule', 'exclude'))
     results, query, gallery = evaluate_network(read_network(model), data, **options)
-    return told_of(model, directory, results), data, query, gallery
+    return record_of(model, directory, results), data, query, gallery
 
 
 def open_checked(directory: str | Path, layout: str = '', camera_rule: str = 'exclude') -> ReidData:
@@ -326,7 +332,7 @@ def open_checked(directory: str | Path, layout: str = '', camera_rule: str = 'ex
     return data
 
 
-def told_of(model: str | Path, directory: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
+def record_of(model: str | Path, directory: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return results with the names of network and data, and with what its folder tells of the training."""
     return {
         'model': str(model), 'data': str(directory), **results,

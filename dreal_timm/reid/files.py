@@ -16,10 +16,10 @@ _logger = logging.getLogger(__name__)
 def file_key(path: Path) -> Hashable:
     """Return what all paths of a file have in common, through links of either kind; a missing file is its own path."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return path
-    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
 def _leads_back(real: str, *places: str) -> bool:
@@ -33,15 +33,15 @@ def folders_in(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: A link leads nowhere.
     """
-    own, found = os.path.realpath(folder), []
+    own, folders = os.path.realpath(folder), []
     for path in sorted(folder.iterdir()):
         if path.name.startswith('.'):
             continue
         if path.is_symlink() and not os.path.exists(path):
             raise FileNotFoundError(f"'{path}' is a link that leads nowhere.")
         if os.path.isdir(path) and not _leads_back(os.path.realpath(path), own):
-            found.append(path)
-    return found
+            folders.append(path)
+    return folders
 
 
 def is_image(path: Path) -> bool:
@@ -63,7 +63,7 @@ def image_files(folder: Path, deep: bool = False) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"'{folder}' is missing.")
     start, kinds = os.path.realpath(folder), tuple(every_extension().split(';'))
-    found: list[Path] = []
+    images: list[Path] = []
     others: Counter[str] = Counter()
     seen: set[str] = set()
     waiting = deque([(folder, '')])
@@ -80,7 +80,7 @@ def image_files(folder: Path, deep: bool = False) -> list[Path]:
                 # folders before links, so that an image has its path without a link where there is one
                 (waiting.append if path.is_symlink() else waiting.appendleft)((path, real))
             elif is_image(path) or (deep and not os.path.exists(path)):
-                found.append(path)
+                images.append(path)
             elif path.suffix.lower() in kinds:
                 others[path.suffix.lower()] += 1
     if others:
@@ -90,4 +90,4 @@ def image_files(folder: Path, deep: bool = False) -> list[Path]:
         if not _leads_back(os.path.realpath(path), real) and any(map(is_image, path.iterdir())):
             _logger.warning(f"{folder}: folders are not looked into here, and '{path.name}' has images.")
             break
-    return sorted(found)
+    return sorted(images)

@@ -18,7 +18,7 @@ __all__ = ['SMALLEST', 'ReidSet', 'check_images', 'why_broken']
 SMALLEST = 2  # pixels of a side: less is an empty detection
 
 
-class ReidSet(Dataset):
+class ReidSet(Dataset[tuple[Any, int]]):
     """Images with labels.
 
     Args:

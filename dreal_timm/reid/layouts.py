@@ -125,8 +125,8 @@ def _market1501(root: Path, layout: str = 'market1501') -> ReidData:
     if (root / 'gt_bbox').is_dir():
         rows += _named(root / 'gt_bbox', 'extra')
     data = _numbered(rows, layout, root)
-    asked = {(image.pid, image.camid) for image in data.query}
-    data.extra = [image for image in data.extra if (image.pid, image.camid) in asked]
+    pairs = {(image.pid, image.camid) for image in data.query}
+    data.extra = [image for image in data.extra if (image.pid, image.camid) in pairs]
     return data
 
 
@@ -162,11 +162,12 @@ def _msmt17(root: Path) -> ReidData:
     offset = 1 + max((image.pid for image in data.train), default=0)
     tested = [row for split in ('query', 'gallery') for row in _listed(root, test, f'list_{split}.txt', split)]
     check_spelling((row[2] for row in (*learnt, *tested)), 'camera', root)
-    found = _numbered(tested, 'msmt17', root)
+    test_data = _numbered(tested, 'msmt17', root)
     for split in ('query', 'gallery'):
-        images = getattr(found, split)
+        images = getattr(test_data, split)
         setattr(data, split, [ReidImage(image.path, image.pid + offset, image.camid) for image in images])
-    data.names |= {pid + offset: str(pid) for pid in found.identities('query') + found.identities('gallery')}
+    pids = test_data.identities('query') + test_data.identities('gallery')
+    data.names |= {pid + offset: str(pid) for pid in pids}
     return data
 
 
@@ -237,16 +238,16 @@ def _one_path_a_file(data: ReidData) -> None:
     """
     known: dict[Hashable, ReidImage] = {}
     for split in (*SPLITS, 'extra'):
-        kept: dict[Path, ReidImage] = {}
+        by_path: dict[Path, ReidImage] = {}
         for image in getattr(data, split):
             first = known.setdefault(file_key(image.path), image)
             for name, numbers in (('identity', (first.pid, image.pid)), ('camera', (first.camid, image.camid))):
                 if numbers[0] != numbers[1]:
                     raise ValueError(f"'{first.path}' and '{image.path}' are one file, of one {name}: got two.")
-            if first.path in kept:
+            if first.path in by_path:
                 data.repeated.append(image.path)
-            kept[first.path] = first
-        setattr(data, split, list(kept.values()))
+            by_path[first.path] = first
+        setattr(data, split, list(by_path.values()))
 
 
 LAYOUTS: dict[str, Callable[[Path], ReidData]] = {
@@ -300,9 +301,9 @@ def open_reid(root: str | Path, layout: str = '') -> ReidData:
             raise ValueError(f"'{root}': the split '{split}' has no image.")
     expected = EXPECTED.get(data.layout)
     if expected:
-        found = {'identities': len(data.identities()), **{split: len(getattr(data, split)) for split in SPLITS}}
-        wrong = [f'{name} {found[name]:,} (published: {count:,})' for name, count in expected.items()
-                 if found[name] != count]
+        counts = {'identities': len(data.identities()), **{split: len(getattr(data, split)) for split in SPLITS}}
+        wrong = [f'{name} {counts[name]:,} (published: {count:,})' for name, count in expected.items()
+                 if counts[name] != count]
         if wrong:
             read = f'read as {data.layout}, which it may not be' if guessed else f'not the whole {data.layout}'
             data.notes.append(f"{', '.join(wrong)}: {read}")

@@ -45,12 +45,12 @@ class Retrieval:
         """
         valid = self.first > 0
         count = int(valid.sum())
-        found: dict[str, float] = {
+        metrics: dict[str, float] = {
             f'rank{rank}': 100 * (valid & (self.first <= rank)).sum().item() / count if count else float('nan')
             for rank in ranks}
         for name, values in (('mAP', self.average_precision), ('mINP', self.inverse_penalty)):
-            found[name] = 100 * values[valid].mean().item()
-        return {**found, 'queries': count, 'skipped': len(valid) - count}
+            metrics[name] = 100 * values[valid].mean().item()
+        return {**metrics, 'queries': count, 'skipped': len(valid) - count}
 
 
 def rank_matches(
@@ -80,8 +80,8 @@ def rank_matches(
         places = index.new_empty(distances.shape[1])
         order = distances[row].sort(stable=True).indices
         places[order] = torch.arange(1, len(order) + 1, device=order.device)
-        found = places[index[row][match[row]]].sort().values
-        ranks[row, :len(found)] = found
+        own = places[index[row][match[row]]].sort().values
+        ranks[row, :len(own)] = own
     return ranks
 
 
@@ -118,9 +118,10 @@ def score(
     Args:
         blocks: Distances of the queries in their order to the whole gallery, a block of queries after the other, each
             (B, G). They are changed in place.
-        query_pids, gallery_pids: Identities, (Q,) and (G,) int64. Junk (-1) must not be among them; a query of
-            identity 0 has no answer.
-        query_camids, gallery_camids: Cameras, (Q,) and (G,) int64.
+        query_pids: Identities of the queries, (Q,) int64, without junk (-1); a query of identity 0 has no answer.
+        gallery_pids: Identities of the gallery, (G,) int64, without junk.
+        query_camids: Cameras of the queries, (Q,) int64.
+        gallery_camids: Cameras of the gallery, (G,) int64.
         camera_rule: 'exclude' leaves out what the gallery has of a query's identity from the query's camera; 'ignore'
             does not look at cameras.
 
@@ -138,7 +139,7 @@ def score(
     low = torch.searchsorted(ordered, wanted)
     count = torch.searchsorted(ordered, wanted, right=True) - low
     few = torch.arange(min(int(count.max()), _MANY) if len(count) else 0, device=order.device)
-    found, places, start = [_summed_up(few.new_zeros(0, len(few)))], [few[:0]], 0
+    parts, places, start = [_summed_up(few.new_zeros(0, len(few)))], [few[:0]], 0
     for block in blocks:
         rows = torch.arange(start, start + len(block), device=order.device)
         if start + len(block) > len(query_pids) or block.shape[1] != len(gallery_pids):
@@ -155,14 +156,14 @@ def score(
             if camera_rule == 'ignore':
                 ignored = torch.zeros_like(meant)
             distances = block if len(some) == len(block) else block[some - start]
-            found.append(_summed_up(rank_matches(distances, index, meant & ~ignored, ignored)))
+            parts.append(_summed_up(rank_matches(distances, index, meant & ~ignored, ignored)))
             places.append(some)
         start += len(block)
     if start != len(query_pids):
         raise ValueError(f'Distances are those of {start} queries, and there are {len(query_pids)}.')
     sorting = torch.cat(places).argsort()
     return Retrieval(*(torch.cat(values)[sorting] for values in zip(*(
-        (part.first, part.average_precision, part.inverse_penalty) for part in found), strict=True)))
+        (part.first, part.average_precision, part.inverse_penalty) for part in parts), strict=True)))
 
 
 def _summed_up(ranks: torch.Tensor) -> Retrieval:
@@ -227,8 +228,10 @@ def retrieve(
     Args:
         query: Features of the queries, (Q, C).
         gallery: Features of the gallery, (G, C), on the same device.
-        query_pids, gallery_pids: Identities, (Q,) and (G,) int64.
-        query_camids, gallery_camids: Cameras, (Q,) and (G,) int64.
+        query_pids: Identities of the queries, (Q,) int64.
+        gallery_pids: Identities of the gallery, (G,) int64.
+        query_camids: Cameras of the queries, (Q,) int64.
+        gallery_camids: Cameras of the gallery, (G,) int64.
         metric: 'cosine' or 'euclidean'.
         camera_rule: See `score`.
 

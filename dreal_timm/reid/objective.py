@@ -76,13 +76,13 @@ class IdentityLoss(nn.Module):
             RuntimeError: No pass of the network in training mode came before, or one of another batch.
         """
         features, self._features = self._features, None
-        identity = self.classification(output.float(), target)
+        identity: torch.Tensor = self.classification(output.float(), target)
         if not (torch.is_grad_enabled() and output.requires_grad):
             return identity  # an evaluation
         if features is None or len(features) != len(output):
             raise RuntimeError('The loss of identities was called without a pass of its network before it.')
         with torch.autocast(output.device.type, enabled=False):
             features = features.float()
-            triplet = self.triplet(features, target, self.miner(features, target))
+            triplet: torch.Tensor = self.triplet(features, target, self.miner(features, target))
         self.parts = {'id_loss': identity.detach(), 'triplet_loss': triplet.detach()}
         return identity + self.triplet_weight * triplet

@@ -2,6 +2,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -43,9 +44,7 @@ def rank_queries(
         metric: str = 'cosine',
         camera_rule: str = 'exclude',
         reranked: bool = False,
-        k1: int = 20,
-        k2: int = 6,
-        weight: float = 0.3,
+        **reranking: Any,
 ) -> list[Ranking]:
     """Return the heads of the ranked lists of some queries.
 
@@ -53,19 +52,19 @@ def rank_queries(
         query: Features of the queries, (Q, C).
         gallery: Features of the gallery, (G, C).
         data: The data set that they are of.
-        numbers: Numbers of the queries that are asked for.
+        numbers: Numbers of these queries.
         top: Length of a list.
         metric: 'cosine' or 'euclidean'.
         camera_rule: 'exclude' leaves out the gallery's images of the query's identity and camera, 'ignore' the query's
             own file.
         reranked: Whether the lists are those of k-reciprocal re-ranking, which looks at all queries.
-        k1, k2, weight: Of re-ranking, see `rerank`.
+        **reranking: k1, k2 and weight of re-ranking, see `rerank`.
     """
     chosen = torch.as_tensor(numbers, device=query.device)
     if reranked:
         rows = torch.empty(len(chosen), len(gallery), device=query.device, dtype=query.dtype)
         start = 0
-        for block in rerank(query, gallery, k1, k2, weight, metric):
+        for block in rerank(query, gallery, metric=metric, **reranking):
             inside = (chosen >= start) & (chosen < start + len(block))
             rows[inside] = block[chosen[inside] - start]
             start += len(block)
@@ -73,19 +72,19 @@ def rank_queries(
         rows = torch.cat(list(distance_blocks(query[chosen], gallery, metric)))
     lists = []
     for number, row in zip(numbers, rows, strict=True):
-        asked = data.query[number]
-        found: list[tuple[ReidImage, float]] = []
+        own = data.query[number]
+        head: list[tuple[ReidImage, float]] = []
         values, order = row.sort(stable=True)
         for distance, place in zip(values.tolist(), order.tolist(), strict=True):
             image = data.gallery[place]
-            if image.pid == asked.pid and origin(image, camera_rule) == origin(asked, camera_rule):
+            if image.pid == own.pid and origin(image, camera_rule) == origin(own, camera_rule):
                 continue
-            found.append((image, distance))
-            if len(found) == top:
+            head.append((image, distance))
+            if len(head) == top:
                 break
         lists.append(Ranking(
-            asked.path, [image.path for image, _ in found], [distance for _, distance in found],
-            [image.pid == asked.pid != DISTRACTOR for image, _ in found]))
+            own.path, [image.path for image, _ in head], [distance for _, distance in head],
+            [image.pid == own.pid != DISTRACTOR for image, _ in head]))
     return lists
 
 

@@ -8,12 +8,13 @@ image, a vector with an entry for each image, is held by its few entries that ar
 Shapes: Q queries, G images of the gallery, N = Q + G images, C features, K neighbours, E entries.
 """
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from dreal_timm.reid.metrics import distance_blocks
 
-__all__ = ['check_rerank', 'rerank']
+__all__ = ['Reranking', 'rerank']
 
 _PAIRS = 8_000_000  # numbers of a block of what is compared or gathered
 
@@ -36,12 +37,12 @@ def _neighbours(features: torch.Tensor, count: int, metric: str) -> tuple[torch.
 
 def _mutual(near: torch.Tensor) -> torch.Tensor:
     """Which of the neighbours have the image among their own, (N, K)."""
-    found = []
+    blocks = []
     size = max(1, _PAIRS // near.shape[1] ** 2)
     for start in range(0, len(near), size):
         rows = torch.arange(start, min(start + size, len(near)), device=near.device)
-        found.append((near[near[rows]] == rows[:, None, None]).any(2))
-    return torch.cat(found)
+        blocks.append((near[near[rows]] == rows[:, None, None]).any(2))
+    return torch.cat(blocks)
 
 
 def _expanded(near: torch.Tensor, half: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,12 +69,12 @@ def _expanded(near: torch.Tensor, half: torch.Tensor) -> tuple[torch.Tensor, tor
 def _pair_distances(features: torch.Tensor, first: torch.Tensor, second: torch.Tensor, metric: str) -> torch.Tensor:
     if metric == 'cosine':
         features = torch.nn.functional.normalize(features, dim=1)
-    found = []
+    blocks = []
     size = max(1, _PAIRS // features.shape[1])
     for a, b in zip(first.split(size), second.split(size), strict=True):
         pair = features[a], features[b]
-        found.append(1 - (pair[0] * pair[1]).sum(1) if metric == 'cosine' else (pair[0] - pair[1]).square().sum(1))
-    return torch.cat(found)
+        blocks.append(1 - (pair[0] * pair[1]).sum(1) if metric == 'cosine' else (pair[0] - pair[1]).square().sum(1))
+    return torch.cat(blocks)
 
 
 def _averaged(
@@ -116,24 +117,36 @@ def _overlaps(
     for first in range(0, queries, size):
         last = min(first + size, queries)
         part = slice(entries[first - 1] if first else 0, entries[last - 1])
-        found = weight.new_zeros((last - first) * gallery)
+        sums = weight.new_zeros((last - first) * gallery)
         for some in torch.arange(part.start, part.stop, device=owner.device).split(max(1, _PAIRS // 200)):
             place, which = _ragged(start[member[some]], length[member[some]])
             lesser = torch.minimum(weight[some][which], values[place])
-            found.index_add_(0, (owner[some][which] - first) * gallery + images[place], lesser)
-        yield found.view(last - first, gallery)
+            sums.index_add_(0, (owner[some][which] - first) * gallery + images[place], lesser)
+        yield sums.view(last - first, gallery)
 
 
-def check_rerank(total: int, k1: int, k2: int, weight: float) -> None:
-    """Raise a ValueError if so many images, queries and gallery, cannot be re-ranked by these numbers."""
-    if k1 < 1 or not 1 <= k2 <= k1 + 1:
-        raise ValueError(f'k1 and k2: expected k1 of 1 or more and k2 from 1 to k1 + 1, got {k1} and {k2}.')
-    if not 0 <= weight <= 1:
-        raise ValueError(f'lambda: expected a weight from 0 to 1, got {weight}.')
-    if k1 >= total:
-        raise ValueError(
-            f'k1: {k1} neighbours of each of {total} images, queries and gallery, are asked for, who have {total - 1}: '
-            'choose a lower k1.')
+@dataclass(frozen=True)
+class Reranking:
+    """Numbers of a re-ranking, the arguments of `rerank`."""
+    k1: int = 20
+    k2: int = 6
+    weight: float = 0.3
+
+    def settings(self) -> dict[str, float]:
+        """Return them by the names that results have."""
+        return {'k1': self.k1, 'k2': self.k2, 'lambda': self.weight}
+
+    def check(self, total: int) -> None:
+        """Raise a ValueError if so many images, queries and gallery, cannot be re-ranked by these numbers."""
+        k1, k2 = self.k1, self.k2
+        if k1 < 1 or not 1 <= k2 <= k1 + 1:
+            raise ValueError(f'k1 and k2: expected k1 of 1 or more and k2 from 1 to k1 + 1, got {k1} and {k2}.')
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f'lambda: expected a weight from 0 to 1, got {self.weight}.')
+        if k1 >= total:
+            raise ValueError(
+                f'k1: {k1} neighbours of each of {total} images, queries and gallery, are asked for, who have '
+                f'{total - 1}: choose a lower k1.')
 
 
 def rerank(
@@ -158,7 +171,7 @@ def rerank(
         ValueError: A number is out of range, or features are not finite.
     """
     total = len(query) + len(gallery)
-    check_rerank(total, k1, k2, weight)
+    Reranking(k1, k2, weight).check(total)
     features = torch.cat([query, gallery])
     if not features.isfinite().all():
         raise ValueError('A feature is not finite: the network gives features that are not numbers.')

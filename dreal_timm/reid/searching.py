@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import resolve_model_data_config
 
 from dreal_timm.hub import read_network
@@ -15,13 +14,14 @@ from dreal_timm.reid.images import check_images, why_broken
 from dreal_timm.reid.layouts import ReidImage
 from dreal_timm.reid.metrics import distance_blocks
 from dreal_timm.reid.pictures import Ranking
+from dreal_timm.utils.transfer import pick_device
 
 __all__ = ['search']
 
 _logger = logging.getLogger(__name__)
 
 
-def _found(places: Sequence[str | Path], what: str) -> list[Path]:
+def _images(places: Sequence[str | Path], what: str) -> list[Path]:
     paths: list[Path] = []
     for place in map(Path, places):
         if not place.exists():
@@ -80,20 +80,20 @@ def search(
         ValueError: A query cannot be read, or nothing of the gallery; no such model.
         WeightsError: The weights cannot be had.
     """
-    asked, known = _found(queries, 'query'), _found([gallery], 'gallery')
-    check_images([ReidImage(path, 0, 0) for path in asked], whole=True)
-    known = _readable(known)
-    if not known:
+    query_paths, gallery_paths = _images(queries, 'query'), _images([gallery], 'gallery')
+    check_images([ReidImage(path, 0, 0) for path in query_paths], whole=True)
+    gallery_paths = _readable(gallery_paths)
+    if not gallery_paths:
         raise ValueError(f"gallery: no image in {gallery} can be read.")
-    images = [ReidImage(path, 0, 0) for path in (*asked, *known)]
+    images = [ReidImage(path, 0, 0) for path in (*query_paths, *gallery_paths)]
     network: Any = read_network(model)
-    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    where = pick_device(device)
     loader = feature_loader(images, resolve_model_data_config(network), where, batch_size, workers)
     features = extract_features(network.to(where), loader, where, flip)
-    query, rest = features.split([len(asked), len(known)])
+    query, rest = features.split([len(query_paths), len(gallery_paths)])
     rankings: list[Ranking] = []
     for block in distance_blocks(query, rest, metric):
-        distances, order = block.topk(min(top, len(known)), dim=1, largest=False)
+        distances, order = block.topk(min(top, len(gallery_paths)), dim=1, largest=False)
         for near, places in zip(distances.tolist(), order.tolist(), strict=True):
-            rankings.append(Ranking(asked[len(rankings)], [known[place] for place in places], near))
+            rankings.append(Ranking(query_paths[len(rankings)], [gallery_paths[place] for place in places], near))
     return rankings

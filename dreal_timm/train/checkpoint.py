@@ -17,26 +17,15 @@ from typing import Any
 
 import torch
 
-from dreal_timm.errors import was_interrupted
+from dreal_timm.errors import reason, was_interrupted
 from dreal_timm.hub.damage import damaged_record
-from dreal_timm.utils.files import write_text
+from dreal_timm.utils.files import replacing, sync, write_text
 
 __all__ = ['BEST', 'LAST', 'Checkpoints', 'kept_checkpoints', 'write_summary']
 
 _logger = logging.getLogger(__name__)
 LAST = 'last.pth.tar'
 BEST = 'model_best.pth.tar'
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold the file (or the entries of the folder) before anything is built on it."""
-    if path.is_dir() and os.name == 'nt':
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
@@ -216,24 +205,19 @@ class Checkpoints:
             n for n, asked in (
                 (name, (name, metric) in kept), (BEST, is_best), (_milestone(epoch), milestone)) if asked]
 
-        last, scratch = self.directory / LAST, self.directory / f'{LAST}.tmp'
+        last = self.directory / LAST
         whole = 'The checkpoint before is whole' if last.exists() else 'There is none before'
         try:
-            with scratch.open('wb') as file:
+            with replacing(last, self._scratch(LAST), synced=True) as scratch, scratch.open('wb') as file:
                 torch.save({**state, 'epoch': epoch, 'metric': metric, 'version': 2, 'saver': saver}, file)
-            _sync(scratch)
-            os.replace(scratch, last)
-            _sync(self.directory)
             whole = f'{LAST} is whole'
             self._copy(last, wanted)
-            _sync(self.directory)
+            sync(self.directory)
         except (OSError, RuntimeError) as error:  # torch's writer tells of a full disk by a RuntimeError
-            scratch.unlink(missing_ok=True)
             if was_interrupted(error):
                 raise KeyboardInterrupt from None
-            reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]
             raise OSError(
-                f'epoch {epoch + 1}: cannot write a checkpoint to {self.directory} ({reason}). {whole}; '
+                f'epoch {epoch + 1}: cannot write a checkpoint to {self.directory} ({reason(error)}). {whole}; '
                 'resume=auto goes on from it once there is room.'
             ) from error
         self.files, self.best_epoch, self.best_metric = kept, best_epoch, best_metric
@@ -244,22 +228,22 @@ class Checkpoints:
             (self.directory / old).unlink(missing_ok=True)
         return is_best
 
+    def _scratch(self, name: str) -> Path:
+        """The file beside a checkpoint, which `clean` removes after a kill."""
+        return self.directory / f'{name}.tmp'
+
     def _copy(self, source: Path, names: Sequence[str]) -> None:
         """Give a checkpoint a second body under the first of these names, and link the others to that."""
         for index, name in enumerate(names):
             self._link(source if index == 0 else self.directory / names[0], name, copy=index == 0)
 
     def _link(self, source: Path, name: str, copy: bool = False) -> None:
-        scratch = self.directory / f'{name}.tmp'
-        scratch.unlink(missing_ok=True)
-        try:
+        with replacing(self.directory / name, self._scratch(name)) as scratch:
+            scratch.unlink(missing_ok=True)
             try:
                 if copy:
                     raise OSError
                 os.link(source, scratch)
             except OSError:  # also a file system without hard links
                 shutil.copyfile(source, scratch)
-                _sync(scratch)
-            os.replace(scratch, self.directory / name)
-        finally:
-            scratch.unlink(missing_ok=True)
+                sync(scratch)

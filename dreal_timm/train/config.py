@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 import dreal_timm
-from dreal_timm.errors import nearest
+from dreal_timm.errors import nearest, reason
 from dreal_timm.options import Option as Key
 from dreal_timm.options import convert
 from dreal_timm.train.settings import DREAL_KEYS, KEYS, NOT_SUPPORTED
@@ -79,8 +79,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, 'problem_mark', None)
         where = '' if mark is None else f', line {mark.line + 1}'
-        reason = getattr(error, 'problem', None) or ' '.join(str(error).split())[:100]
-        raise ValueError(f'{path}{where}: {reason}.') from None
+        why = getattr(error, 'problem', None) or reason(error)
+        raise ValueError(f'{path}{where}: {why}.') from None
     if not isinstance(values, dict):
         raise ValueError(f'{path} holds no keys and values.')
     return values

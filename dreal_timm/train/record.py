@@ -1,6 +1,5 @@
 """What a run was made with: versions, the commit of a checkout, and how long each epoch took (`run.json`)"""
 import json
-import platform
 import subprocess
 from collections.abc import Mapping
 from functools import cache
@@ -8,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import timm
 import torch
 
+from dreal_timm.provenance import versions
 from dreal_timm.utils.files import write_text
-from dreal_timm.version import __version__
 
 __all__ = ['RECORD', 'Record']
 
@@ -70,10 +68,7 @@ class Record:
     def state(self) -> Mapping[str, Any]:
         """What is written: 'versions' and 'commit' of the process that wrote it last, 'changes' and 'epochs'."""
         return {
-            'versions': {
-                'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
-                'accelerate': accelerate.__version__, 'dreal_timm': __version__,
-            },
+            'versions': versions(python=True, accelerate=accelerate.__version__),
             'commit': _commit(),
             'changes': self.changes,
             'epochs': [self.epochs[epoch] for epoch in sorted(self.epochs)],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from timm.task import TrainingTask
 
-from dreal_timm.errors import WeightsError
+from dreal_timm.errors import WeightsError, reason
 from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.loading import read_checkpoint
 from dreal_timm.task import DrealTask
@@ -146,8 +146,7 @@ def restore(
         if scaler is not None and optimizer is not None and 'amp_scaler' in checkpoint:
             scaler.load_state_dict(checkpoint['amp_scaler'])
     except (RuntimeError, KeyError, ValueError) as error:
-        reason = ' '.join(str(error).split())[:300]
-        raise ValueError(f"resume: '{path}' does not fit the recipe: {reason}") from error
+        raise ValueError(f"resume: '{path}' does not fit the recipe: {reason(error)}") from error
     return int(checkpoint['epoch']) + (1 if checkpoint.get('version', 1) > 1 else 0)
 
 

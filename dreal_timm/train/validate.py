@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
 from timm.data import create_transform
@@ -19,16 +18,14 @@ from dreal_timm.hub import results
 from dreal_timm.hub.run import exported_folder, open_network
 from dreal_timm.models.dreal_resnet import timm_architecture
 from dreal_timm.models.reid import ReidNetwork
+from dreal_timm.provenance import preprocessing_of, versions, weights_digest
 from dreal_timm.reid.images import ReidSet
 from dreal_timm.reid.layouts import open_reid
 from dreal_timm.train import datasets, loaders
 from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
-from dreal_timm.version import __version__
 
 __all__ = ['describe', 'measure', 'measure_split', 'sample_images', 'validate']
-
-_KEYS = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 
 def validate(
@@ -123,7 +120,7 @@ def measure_split(
         model, config.dataset, config.data_dir, config.val_split, by_order=by_order,
         **datasets.options(config, data['input_size'][0], is_training=False))
     loader = loaders.build_loader(config, val_set, data, device, is_training=False)
-    digest = results.weights_digest(model.state_dict())
+    digest = weights_digest(model.state_dict())
     metrics = evaluate(model.to(device).eval(), loader, device)
     if not math.isfinite(metrics['loss']):
         raise ValueError(
@@ -133,11 +130,10 @@ def measure_split(
     architecture = model.pretrained_cfg['architecture']
     return {
         'data': str(config.data_dir), 'dataset': config.dataset, 'split': config.val_split,
-        'unreadable': unread, 'classes': match.told(), **metrics,
+        'unreadable': unread, 'classes': match.summary(), **metrics,
         'architecture': timm_architecture(architecture) or architecture,
         'weights_sha256': digest,
-        'preprocessing': {key: data[key] for key in _KEYS if key in data},
-        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'dreal_timm': __version__},
+        'preprocessing': preprocessing_of(data), 'versions': versions(),
     }
 
 
@@ -180,7 +176,7 @@ def sample_images(
     else:
         data = datasets.data_config(config, network)
         found = datasets.build_dataset(config, split, data['input_size'][0], False)
-    found.transform = create_transform(is_training=False, **{key: data[key] for key in _KEYS})
+    found.transform = create_transform(is_training=False, **preprocessing_of(data))
     if hasattr(found, '__getitem__') and not isinstance(found, IterableDataset):
         count = min(count, len(found))
         rows = [found[i * len(found) // count] for i in range(count)]

@@ -1,13 +1,13 @@
 """What a command writes to a terminal: names of files cannot steer it"""
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from dreal_timm.errors import printable
 
-__all__ = ['set_up_log', 'visible_output']
+__all__ = ['set_up_log', 'text_table', 'visible_output']
 
 _LINES = '\n\t'
 _LOUD = ('timm', 'accelerate', 'httpx', 'httpx2', 'huggingface_hub', 'onnx_ir', 'onnxscript')
@@ -29,10 +29,20 @@ class _Output:
 
     def write(self, text: str) -> int:
         """Write a text, with its lines."""
-        return self._stream.write(printable(text, keep=_LINES))
+        return int(self._stream.write(printable(text, keep=_LINES)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return the lines of a table, so many of its first columns aligned to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        '  '.join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows]
 
 
 def set_up_log() -> None:

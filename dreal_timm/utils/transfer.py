@@ -1,7 +1,12 @@
-"""Copies to a device that do not make the host wait for it"""
+"""Devices: which one, and copies to it that do not make the host wait"""
 import torch
 
-__all__ = ['to_device']
+__all__ = ['pick_device', 'to_device']
+
+
+def pick_device(device: torch.device | str | None = None) -> torch.device:
+    """Return the device of this name; None is a GPU where there is one, else the CPU."""
+    return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -19,6 +19,7 @@ from dreal_timm import DrealTask
 from dreal_timm.attention.sites import find_sites, group_sites
 from dreal_timm.audit import Audit, audit, audit_model, command, compare_audits, folder, load_critic
 from dreal_timm.audit.images import NumberedImages
+from dreal_timm.audit.settings import AuditSettings
 from dreal_timm.audit.subject import load_subject, open_images
 from dreal_timm.cli import main
 from dreal_timm.hub import export, weights_digest
@@ -165,8 +166,8 @@ def test_a_broken_part_is_measured_again(run_folder, images, tmp_path, monkeypat
     """Parts that a crash or a disk broke are measured again, those alone, and the numbers are the same as before."""
     subject = load_subject(str(run_folder / 'model'))
     found = open_images(subject.model, str(images))
-    again = dict(batch_size=5, workers=0, device=torch.device('cpu'))
-    whole, _ = folder.audit_folder(subject, found, tmp_path, **again)
+    again = AuditSettings(batch_size=5, workers=0, device='cpu')
+    whole, _ = folder.audit_folder(subject, found, tmp_path, again)
     for name in ('first-000001', 'second-000002'):
         damage(tmp_path / 'parts' / f'{name}.safetensors')
     _halve(tmp_path / 'parts' / 'plan.json')
@@ -174,7 +175,7 @@ def test_a_broken_part_is_measured_again(run_folder, images, tmp_path, monkeypat
     save = folder.Parts.save
     monkeypatch.setattr(folder.Parts, 'save', lambda self, phase, part, tensors: (
         saved.append((phase, part)), save(self, phase, part, tensors)))
-    resumed, _ = folder.audit_folder(subject, found, tmp_path, **again)
+    resumed, _ = folder.audit_folder(subject, found, tmp_path, again)
     assert saved == [('first', 1), ('second', 2)]
     for name in ('number', 'target', 'log_p', 'mean_log_p', 'constant_log_p'):
         assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
@@ -189,11 +190,11 @@ def test_parts_of_another_plan_are_not_taken(run_folder, images, tmp_path, small
         other.model.fc.weight.mul_(2)
     other = dataclasses.replace(other, weights=weights_digest(other.model.state_dict()))
     data = open_images(found.model, str(images))
-    again = dict(batch_size=5, workers=0, device=torch.device('cpu'))
-    folder.audit_folder(other, data, tmp_path / 'one', **again)
+    again = AuditSettings(batch_size=5, workers=0, device='cpu')
+    folder.audit_folder(other, data, tmp_path / 'one', again)
     (tmp_path / 'one' / 'parts' / 'plan.json').write_text('{')
-    mixed, _ = folder.audit_folder(found, data, tmp_path / 'one', **again)
-    alone, _ = folder.audit_folder(found, data, tmp_path / 'two', **again)
+    mixed, _ = folder.audit_folder(found, data, tmp_path / 'one', again)
+    alone, _ = folder.audit_folder(found, data, tmp_path / 'two', again)
     assert torch.equal(mixed.log_p, alone.log_p)
 
 
@@ -299,7 +300,7 @@ def test_other_orders_of_the_classes_compare(images, tmp_path, named):
         found = open_images(
             subject.model, str(images), class_map='' if named else str(tmp_path / f'{name}.txt'))
         audited, _ = folder.audit_folder(
-            subject, found, tmp_path / f'{name}-audit', batch_size=5, workers=0, device=torch.device('cpu'))
+            subject, found, tmp_path / f'{name}-audit', AuditSettings(batch_size=5, workers=0, device='cpu'))
         assert audited.target.tolist() == [own.index(f'class{label}') for label in (0, 1, 2) for _ in range(4)]
         audits.append(audited)
     assert audits[0].target.tolist() != audits[1].target.tolist()

@@ -123,7 +123,7 @@ def test_a_class_map_of_a_folder(tmp_path):
     for class_map in (str(tmp_path / 'map.txt'), {'y': 0, 'w': 1, 'x': 2}):
         dataset, match = open_for(_network(NAMES), '', folder, '', channels=1, class_map=class_map)
         assert [label for _, label in dataset] == [2, 0]
-        assert match.told() == {'by': 'map', 'absent': 2}
+        assert match.summary() == {'by': 'map', 'absent': 2}
 
 
 def test_torchvisions_folder(tmp_path):

@@ -11,7 +11,7 @@ from networks import make_model
 
 import dreal_timm
 from dreal_timm.hub import describe_network, export
-from dreal_timm.hub.scratch import new_folder
+from dreal_timm.utils.scratch import new_folder
 
 ROOT = Path(dreal_timm.__file__).parents[1]
 # each command alone, in a process that may write files of so many bytes

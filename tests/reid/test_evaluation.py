@@ -283,9 +283,9 @@ def test_reranked_by_its_metric(crowd, exported, metric):
 
 def test_picture_of_reranked_lists(crowd, exported, tmp_path, monkeypatch):
     """The picture shows the lists that were measured: those of re-ranking where it was asked for."""
-    from dreal_timm.reid import command
     drawn = {}
-    monkeypatch.setattr(command, 'draw_rankings', lambda rankings, path: drawn.setdefault(path, rankings))
+    monkeypatch.setattr(
+        'dreal_timm.cli.reid.draw_rankings', lambda rankings, path: drawn.setdefault(path, rankings))
     for name, options in (('plain.png', []), ('reranked.png', ['--rerank'])):
         assert main(['reid', 'eval', str(exported), '--data', str(crowd), '--workers', '0',
                      '--picture', str(tmp_path / name), '--lists', '30', *options]) == 0
