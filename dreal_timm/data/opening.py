@@ -21,7 +21,7 @@ _KINDS = ('torch', 'hfds', 'hfids', 'wds', 'tfds')
 _PACKAGES = {'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow_datasets'}
 
 
-def _kind(name: str, root: str, class_map: Any, download: bool) -> str:
+def _kind(name: str, root: str | None, class_map: Any, download: bool) -> str:
     """Return the kind of the data set, '' for an image folder, after a look at what can be seen without opening it."""
     kind, slash, _ = name.partition('/')
     kind = kind.lower()
@@ -40,8 +40,8 @@ def _kind(name: str, root: str, class_map: Any, download: bool) -> str:
         raise ValueError('class_map: the labels of webdataset shards are numbers already, without names to map.')
     if not root and kind in ('', 'torch', 'wds'):
         raise ValueError('data_dir: the recipe names no place of images; add data_dir=DIR.')
-    local = kind in ('', 'torch') or (kind == 'wds' and ':' not in root)
-    if local and not download and not Path(root).exists():
+    local = kind in ('', 'torch') or (kind == 'wds' and ':' not in (root or ''))
+    if local and not download and not Path(root or '').exists():
         raise FileNotFoundError(f"data_dir: no folder '{root}'.")
     return kind
 
@@ -69,7 +69,7 @@ def _open_folder(name: str, root: str, split: str, extensions: str | None, class
 
 def open_dataset(
         name: str,
-        root: str,
+        root: str | None,
         split: str,
         *,
         channels: int = 3,
@@ -85,7 +85,7 @@ def open_dataset(
 
     Args:
         name: Kind and name as timm has them (`torch/fashion_mnist`, `hfds/user/name`); empty is an image folder.
-        root: Its folder.
+        root: Its folder; None where the kind needs none.
         split: Name of the split.
         channels: Channels of the images.
         num_classes: Classes of the network, which labels are checked against.
@@ -108,7 +108,7 @@ def open_dataset(
         options['loader'] = partial(read_image, mode=options['input_img_mode'])
     try:
         if kind == '':
-            dataset = _open_folder(name, root, split, image_key, class_map, **options)
+            dataset = _open_folder(name, root or '', split, image_key, class_map, **options)
         else:
             # timm's webdataset reader looks for the image under the same names again once it is decoded, as 'jpg'
             key = f'{image_key};jpg' if kind == 'wds' and image_key else image_key
@@ -137,7 +137,7 @@ def open_dataset(
 def open_for(
         network: Any,
         name: str,
-        root: str,
+        root: str | None,
         split: str,
         *,
         class_map: str | Mapping[str, int] | None = None,

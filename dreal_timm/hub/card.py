@@ -21,6 +21,7 @@ from dreal_timm.hub.files import read_json
 from dreal_timm.hub.markdown import code, escape, plain
 from dreal_timm.hub.results import (
     check_control,
+    flat_settings,
     is_reinforced,
     read_results,
     training_record,
@@ -33,7 +34,8 @@ __all__ = ['write_card']
 _SETTINGS = (
     'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched', 'warmup_epochs', 'smoothing', 'mixup',
     'cutmix', 'aa', 'model_ema', 'amp', 'seed', 'pretrained')
-_REINFORCED = ('probe', 'probe_every', 'actor_weight', 'gamma', 'rotate', 'backbone')
+_REINFORCED = (
+    'dreal.probe', 'dreal.probe_every', 'dreal.actor_weight', 'dreal.gamma', 'dreal.rotate', 'dreal.start.backbone')
 # title, id on the Hub and licence of data sets that are known
 _DATA = {
     'torch/fashion_mnist': ('Fashion-MNIST', 'zalando-datasets/fashion_mnist', 'MIT'),
@@ -226,7 +228,8 @@ def write_card(directory: str | Path) -> None:
     title = _title(architecture, reinforced, trained if name else '')
     told = [(key, settings[key]) for key in _SETTINGS if settings.get(key) not in (None, '', False)]
     if reinforced:
-        told += [(f'dreal.{key}', dreal[key]) for key in _REINFORCED if dreal.get(key) not in (None, '')]
+        flat = flat_settings(settings)
+        told += [(key, flat[key]) for key in _REINFORCED if flat.get(key) not in (None, '')]
     embedding = architecture == 'dreal_reid'
     task = 'image-feature-extraction' if embedding else 'image-classification'
     front = ModelCardData(

@@ -13,7 +13,7 @@ from timm.data import create_loader, resolve_model_data_config
 from torch import nn
 
 from dreal_timm.hub import read_network, weights_digest
-from dreal_timm.hub.results import run_settings, training_record, training_settings
+from dreal_timm.hub.results import flat_settings, run_settings, training_record, training_settings
 from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.reid.checking import unanswered
 from dreal_timm.reid.images import ReidSet, check_images
@@ -339,6 +339,7 @@ def settings_of(model: str | Path) -> dict[str, Any]:
     Args:
         model: Folder of a run, a checkpoint in it, or an exported folder.
     """
-    dreal = (run_settings(Path(model)) or {}).get('dreal') or {}
+    flat = flat_settings(run_settings(Path(model)) or {})
     names = {'metric': 'dist_metric', 'camera_rule': 'camera_rule', 'flip': 'flip_test'}
-    return {name: dreal[key] for name, key in names.items() if key in dreal} if dreal.get('task') == 'reid' else {}
+    given = {name: flat[f'dreal.reid.{key}'] for name, key in names.items() if f'dreal.reid.{key}' in flat}
+    return given if flat.get('dreal.task') == 'reid' else {}

@@ -4,7 +4,6 @@ import logging
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -25,6 +24,7 @@ from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.reid.objective import IdentityLoss
 from dreal_timm.task import DrealTask
 from dreal_timm.train.loaders import mixes
+from dreal_timm.train.settings import TrainConfig
 
 __all__ = [
     'build_model', 'build_optimizer', 'build_task', 'freeze_backbone', 'import_device_modules',
@@ -33,13 +33,8 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-# of the network, its data and its export
-_NOT_OF_THE_TASK = (
-    'task', 'freeze', 'backbone', 'gates', 'num_instances', 'crop', 'margin', 'triplet_weight', 'dist_metric',
-    'camera_rule', 'flip_test', 'push_to', 'push_private')
 
-
-def import_device_modules(config: SimpleNamespace) -> None:
+def import_device_modules(config: TrainConfig) -> None:
     """Import the modules that the recipe names, as timm's train.py does."""
     for name in config.device_modules or ():
         importlib.import_module(name)
@@ -57,19 +52,19 @@ def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
             head.bias.fill_(bias)
 
 
-def _start_backbone(config: SimpleNamespace, model: nn.Module) -> None:
-    if config.dreal.backbone:
+def _start_backbone(config: TrainConfig, model: nn.Module) -> None:
+    if config.dreal.start.backbone:
         network = model.backbone if isinstance(model, ReidNetwork) else model
-        found = load_backbone(network, config.dreal.backbone, gates=config.dreal.gates)
-        _logger.info(f'backbone {config.dreal.backbone}: {found}')
+        found = load_backbone(network, config.dreal.start.backbone, gates=config.dreal.start.gates)
+        _logger.info(f'backbone {config.dreal.start.backbone}: {found}')
         for word, names in (('missing', found.missing), ('unused', found.unused)):
             if len(names) > 3:  # the line before names them otherwise
                 _logger.info(f"{word}: {', '.join(names)}")
-    elif config.dreal.gates == 'open':
+    elif config.dreal.start.gates == 'open':
         open_gates(model)
 
 
-def build_model(config: SimpleNamespace) -> nn.Module:
+def build_model(config: TrainConfig) -> nn.Module:
     """Create the network of a run.
 
     Raises:
@@ -84,15 +79,16 @@ def build_model(config: SimpleNamespace) -> nn.Module:
         if getattr(config, key):
             check_damage(getattr(config, key))
     started = config.pretrained or config.pretrained_path or config.initial_checkpoint
-    if started and (config.dreal.backbone or config.dreal.gates == 'open'):
+    if started and (config.dreal.start.backbone or config.dreal.start.gates == 'open'):
         raise ValueError(
-            'dreal.backbone, dreal.gates: the network starts from pretrained, pretrained_path or initial_checkpoint.')
+            'dreal.start.backbone, dreal.start.gates: the network starts from pretrained, pretrained_path or '
+            'initial_checkpoint.')
     if config.pretrained_path and timm.models.parse_model_name(config.model)[0] is not None:
         raise ValueError(
             f"pretrained_path: '{config.model}' names weights of its own, which timm takes in place of the file: name "
             'the architecture.')
     if config.pretrained and config.model == 'dreal_reid':
-        raise ValueError('pretrained: dreal_reid has no weights; dreal.backbone names those of its backbone.')
+        raise ValueError('pretrained: dreal_reid has no weights; dreal.start.backbone names those of its backbone.')
     if config.fast_norm:
         set_fast_norm()
     if not {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'} & config.model_kwargs.keys():
@@ -164,7 +160,7 @@ def freeze_backbone(model: Any, input_size: tuple[int, ...]) -> list[nn.Module]:
 
 
 def build_task(
-        config: SimpleNamespace,
+        config: TrainConfig,
         model: nn.Module,
         device: torch.device,
         input_size: tuple[int, ...],
@@ -180,20 +176,16 @@ def build_task(
         loss.update(
             bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh, pos_weight=config.bce_pos_weight)
     common: dict[str, Any] = dict(criterion_kwargs=loss, device=device, verbose=verbose)
-    dreal = dict(vars(config.dreal))
     if isinstance(model, ReidNetwork) and config.dreal.task == 'reid':
         del common['criterion_kwargs']
         common['criterion'] = IdentityLoss(
-            model, config.smoothing, config.dreal.margin, config.dreal.triplet_weight).to(device)
-    for key in _NOT_OF_THE_TASK:
-        dreal.pop(key)
-    if not dreal.pop('enabled'):
+            model, config.smoothing, config.dreal.reid.margin, config.dreal.reid.triplet_weight).to(device)
+    if not config.dreal.enabled:
         return ClassificationTask(model, **common)
-    dreal['seed'] = config.seed if dreal['seed'] is None else dreal['seed']
-    return DrealTask(model, input_size=input_size, **common, **dreal)
+    return DrealTask(model, input_size=input_size, config=config.dreal.of_task(config.seed), **common)
 
 
-def build_optimizer(config: SimpleNamespace, module: nn.Module, global_batch_size: int) -> torch.optim.Optimizer:
+def build_optimizer(config: TrainConfig, module: nn.Module, global_batch_size: int) -> torch.optim.Optimizer:
     """Create the optimizer; the learning rate scales with the batch size as in timm's train.py.
 
     Args:

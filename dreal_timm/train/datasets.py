@@ -2,7 +2,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from timm.data import resolve_data_config
@@ -11,13 +10,14 @@ from timm.models import get_model_input_config
 from dreal_timm.data.classes import class_names, match_classes, names_of_config, network_names, relabel, same_name
 from dreal_timm.data.opening import open_dataset
 from dreal_timm.hub.run import names_beside, names_of_weights
+from dreal_timm.train.settings import TrainConfig
 
 __all__ = ['build_dataset', 'check_labels', 'check_same_classes', 'data_config', 'options', 'settle_classes']
 
 _logger = logging.getLogger(__name__)
 
 
-def data_config(config: SimpleNamespace, model: Any) -> dict[str, Any]:
+def data_config(config: TrainConfig, model: Any) -> dict[str, Any]:
     """Return the preprocessing of a run: the recipe's values, else the model's.
 
     Raises:
@@ -35,7 +35,7 @@ def data_config(config: SimpleNamespace, model: Any) -> dict[str, Any]:
     return resolve_data_config(args, model=model)
 
 
-def options(config: SimpleNamespace, channels: int, is_training: bool) -> dict[str, Any]:
+def options(config: TrainConfig, channels: int, is_training: bool) -> dict[str, Any]:
     """Return the options of `dreal_timm.data.opening.open_dataset` that a configuration names."""
     return dict(
         channels=channels,
@@ -54,7 +54,7 @@ def options(config: SimpleNamespace, channels: int, is_training: bool) -> dict[s
 
 
 def build_dataset(
-        config: SimpleNamespace,
+        config: TrainConfig,
         split: str,
         channels: int,
         is_training: bool,
@@ -101,7 +101,7 @@ def check_labels(train_set: Any, val_set: Any | None, num_classes: int, given: b
             f'num_classes: {num_classes} outputs for {len(names)} classes of the data set: the others are never right.')
 
 
-def _trained_names(config: SimpleNamespace, model: Any) -> list[list[str]]:
+def _trained_names(config: TrainConfig, model: Any) -> list[list[str]]:
     """Names of the classes of a network that starts with a trained classifier; none where it is made anew."""
     if config.initial_checkpoint:
         names = names_of_weights(config.initial_checkpoint)
@@ -128,7 +128,7 @@ def check_same_classes(names: Sequence[str] | None, checkpoint: Mapping[str, Any
 
 
 def settle_classes(
-        config: SimpleNamespace,
+        config: TrainConfig,
         model: Any,
         train_set: Any,
         val_set: Any | None,

@@ -3,7 +3,6 @@ import logging
 import os
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -19,13 +18,14 @@ from timm.models import safe_model_name
 from dreal_timm.train.checkpoint import LAST
 from dreal_timm.train.lock import LOCK
 from dreal_timm.train.resume import is_last_of
+from dreal_timm.train.settings import TrainConfig
 
 __all__ = ['fast_kernels', 'launch', 'run_directory']
 
 _logger = logging.getLogger(__name__)
 
 
-def launch(config: SimpleNamespace) -> Accelerator:
+def launch(config: TrainConfig) -> Accelerator:
     """Return Accelerate's accelerator: the launcher gives processes and devices, the recipe decides all else.
 
     Flags of torch.backends (TF32, `cudnn.benchmark`, deterministic algorithms) stay as the caller has set them.
@@ -84,7 +84,7 @@ def fast_kernels() -> None:
     torch.backends.cudnn.benchmark = True
 
 
-def run_directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main: bool) -> Path:
+def run_directory(config: TrainConfig, input_size: tuple[int, ...], is_main: bool) -> Path:
     """Return the folder of the run, as the first process names it; only that one looks whether it is free.
 
     Args:

@@ -1,22 +1,22 @@
 """The loaders of a run: timm's, with its augmentation and mixup"""
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_loader
 
+from dreal_timm.train.settings import TrainConfig
 from dreal_timm.train.streams import check_shards, count_once, restart
 
 __all__ = ['augmentation', 'build_loader', 'build_mixup', 'count_images', 'mixes', 'set_epoch']
 
 
-def mixes(config: SimpleNamespace) -> bool:
+def mixes(config: TrainConfig) -> bool:
     """Return whether mixup or cutmix is on, and with it soft targets."""
     return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
 
 
-def build_mixup(config: SimpleNamespace, num_classes: int) -> Any:
+def build_mixup(config: TrainConfig, num_classes: int) -> Any:
     """Create timm's mixup, for the loader (prefetcher) or for batches on the device; None where it is off.
 
     Raises:
@@ -47,7 +47,7 @@ def count_images(dataset: Any, processes: int) -> int:
     return len(dataset) * (processes if isinstance(dataset, torch.utils.data.IterableDataset) else 1)
 
 
-def augmentation(config: SimpleNamespace) -> dict[str, Any]:
+def augmentation(config: TrainConfig) -> dict[str, Any]:
     """Return the arguments of timm's training transform, less size, normalisation and interpolation."""
     return dict(
         no_aug=config.no_aug,
@@ -68,7 +68,7 @@ def augmentation(config: SimpleNamespace) -> dict[str, Any]:
 
 
 def build_loader(
-        config: SimpleNamespace,
+        config: TrainConfig,
         dataset: Any,
         data: Mapping[str, Any],
         device: torch.device,
@@ -138,7 +138,7 @@ def build_loader(
     return loader
 
 
-def set_epoch(config: SimpleNamespace, loader: Any, mixup: Any, epoch: int) -> None:
+def set_epoch(config: TrainConfig, loader: Any, mixup: Any, epoch: int) -> None:
     """Tell the loader of the epoch: its order, and whether it still mixes images."""
     if config.workers == 0:
         restart(loader.dataset, epoch)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from dreal_timm.train.lock import FolderLock
 from dreal_timm.train.progress import Meter, Progress
 from dreal_timm.train.record import Record
 from dreal_timm.train.resume import scheduler_state
+from dreal_timm.train.settings import TrainConfig
 from dreal_timm.train.trackers import track
 
 __all__ = ['Run', 'fit', 'train_one_epoch']
@@ -59,7 +59,7 @@ class Run:
         batch: Images and targets of the last step of an epoch.
         history: For each epoch so far 'epoch', 'lr', 'train', 'validation' and 'validation_ema'.
     """
-    config: SimpleNamespace
+    config: TrainConfig
     accelerator: Accelerator
     model: Any
     data: dict[str, Any]

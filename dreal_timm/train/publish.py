@@ -1,4 +1,4 @@
-"""What a run exports when it has ended, and where `dreal.push_to` asks for it, to the Hugging Face Hub with its card"""
+"""What a run exports when it has ended, and with `dreal.hub.push_to` sends to the Hugging Face Hub with its card"""
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -94,7 +94,7 @@ def publish(run: Run) -> str:
     Returns:
         Address of the commit; empty after an error, which is logged with what to do.
     """
-    config, folder, repo = run.config, run.directory / 'hub', run.config.dreal.push_to
+    config, folder, repo = run.config, run.directory / 'hub', run.config.dreal.hub.push_to
     averaged = config.model_ema and not config.model_ema_force_cpu
     shared = run.accelerator.num_processes > 1 and config.dataset.partition('/')[0].lower() in _STREAMS
     measured = None
@@ -106,7 +106,7 @@ def publish(run: Run) -> str:
         export_anew(folder, lambda new: export_run(
             run.directory, new, 'ema' if averaged else 'raw', measure=measured))
         todo = f'dreal-timm push {folder} {repo}'
-        return push(folder, repo, private=config.dreal.push_private).url
+        return push(folder, repo, private=config.dreal.hub.private).url
     except Exception as error:  # whatever it is, the training is done and on the disk
-        _logger.error(f'dreal.push_to: {one_line(error)} The run is whole; to try again: {todo}')
+        _logger.error(f'dreal.hub.push_to: {one_line(error)} The run is whole; to try again: {todo}')
         return ''

@@ -3,7 +3,6 @@ import os
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from dreal_timm.reid.evaluation import (
 from dreal_timm.reid.images import ReidSet, check_images
 from dreal_timm.reid.layouts import LAYOUTS
 from dreal_timm.train.loaders import augmentation, mixes
+from dreal_timm.train.settings import TrainConfig
 
 __all__ = [
     'METRICS', 'build_train_loader', 'build_validation', 'check_model', 'is_reid', 'measure_identities', 'open_data',
@@ -41,12 +41,12 @@ _PAD = 10 / 384  # of the height, on each side: 10 pixels of 384 x 128
 _ENLARGE = 1.125
 
 
-def is_reid(config: SimpleNamespace) -> bool:
+def is_reid(config: TrainConfig) -> bool:
     """Return whether a recipe trains re-identification."""
     return config.dreal.task == 'reid'
 
 
-def _check_settings(config: SimpleNamespace) -> None:
+def _check_settings(config: TrainConfig) -> None:
     """Raise a ValueError about a key that means nothing here."""
     for name, on in (
         ('mixup, cutmix', mixes(config)), ('bce_loss', config.bce_loss), ('aug_repeats', bool(config.aug_repeats)),
@@ -54,10 +54,10 @@ def _check_settings(config: SimpleNamespace) -> None:
     ):
         if on:
             raise ValueError(f'{name}: means nothing with dreal.task=reid.')
-    images = config.dreal.num_instances
+    images = config.dreal.reid.num_instances
     if config.batch_size % images:
         raise ValueError(
-            f'batch_size: {config.batch_size} is no number of identities times dreal.num_instances={images}.')
+            f'batch_size: {config.batch_size} is no number of identities times dreal.reid.num_instances={images}.')
 
 
 def _layout(name: str) -> str:
@@ -69,7 +69,7 @@ def _layout(name: str) -> str:
     return layout
 
 
-def open_data(config: SimpleNamespace) -> ReidData:
+def open_data(config: TrainConfig) -> ReidData:
     """Open the data set of a run, and let `num_classes` be the number of its identities.
 
     Raises:
@@ -81,7 +81,7 @@ def open_data(config: SimpleNamespace) -> ReidData:
         raise ValueError('data_dir: the recipe names no place of images; add data_dir=DIR.')
     data = open_reid(config.data_dir, _layout(config.dataset))
     if config.val_split:
-        check_answers(data, config.dreal.camera_rule)
+        check_answers(data, config.dreal.reid.camera_rule)
     check_images(_used(config, data))
     identities = len(data.identities())
     if config.num_classes not in (None, identities):
@@ -91,11 +91,11 @@ def open_data(config: SimpleNamespace) -> ReidData:
     return data
 
 
-def _used(config: SimpleNamespace, data: ReidData) -> list[ReidImage]:
+def _used(config: TrainConfig, data: ReidData) -> list[ReidImage]:
     return [*data.train, *(data.query + data.gallery if config.val_split else ())]
 
 
-def read_all(config: SimpleNamespace, data: ReidData, processes: int = 1) -> None:
+def read_all(config: TrainConfig, data: ReidData, processes: int = 1) -> None:
     """Read every image once, and raise a ValueError if one is broken: a run would find it after hours.
 
     Args:
@@ -138,7 +138,7 @@ class _Resize:
         return ' | '.join(map(repr, self.resizes))
 
 
-def _transform(config: SimpleNamespace, data: Mapping[str, Any]) -> Any:
+def _transform(config: TrainConfig, data: Mapping[str, Any]) -> Any:
     """timm's augmentation, with the crop of re-identification in place of its own."""
     interpolation = config.train_interpolation or data['interpolation']
     kwargs: dict[str, Any] = dict(
@@ -148,13 +148,13 @@ def _transform(config: SimpleNamespace, data: Mapping[str, Any]) -> Any:
         return create_transform(**kwargs)
     stages = create_transform(**kwargs, separate=True)
     primary, *others = [list(stage.transforms) for stage in stages]
-    if config.dreal.crop != 'timm':
-        primary[:1] = _crop(config.dreal.crop, tuple(data['input_size'][-2:]), interpolation)
+    if config.dreal.reid.crop != 'timm':
+        primary[:1] = _crop(config.dreal.reid.crop, tuple(data['input_size'][-2:]), interpolation)
     return transforms.Compose([*primary, *(step for stage in others for step in stage)])
 
 
 def build_train_loader(
-        config: SimpleNamespace,
+        config: TrainConfig,
         images: ReidData,
         data: Mapping[str, Any],
         device: torch.device,
@@ -174,12 +174,12 @@ def build_train_loader(
     Raises:
         ValueError: There are too few identities.
     """
-    labels = {pid: label for label, pid in enumerate(images.identities())}
+    options, labels = config.dreal.reid, {pid: label for label, pid in enumerate(images.identities())}
     dataset = ReidSet(images.train, labels, data['input_size'][0])
     dataset.transform = _transform(config, data)
     sampler = PKSampler(
-        dataset.labels, config.batch_size // config.dreal.num_instances, config.dreal.num_instances, config.seed,
-        process, processes)
+        dataset.labels, config.batch_size // options.num_instances, options.num_instances, config.seed, process,
+        processes)
     loader: Any = DataLoader(
         dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=config.pin_mem,
         collate_fn=None if config.no_prefetcher else fast_collate)
@@ -192,7 +192,7 @@ def build_train_loader(
 
 
 def build_validation(
-        config: SimpleNamespace,
+        config: TrainConfig,
         images: ReidData,
         data: Mapping[str, Any],
         accelerator: Accelerator,
@@ -209,25 +209,26 @@ def build_validation(
 
 
 def _validate(
-        config: SimpleNamespace,
+        config: TrainConfig,
         images: ReidData,
         accelerator: Accelerator,
         loader: Any,
         model: nn.Module,
 ) -> dict[str, float]:
     features = extract_features(
-        unwrap_model(model), loader, accelerator.device, config.dreal.flip_test, accelerator.autocast,
+        unwrap_model(model), loader, accelerator.device, config.dreal.reid.flip_test, accelerator.autocast,
         config.channels_last)
     if accelerator.num_processes > 1:
         gathered = accelerator.gather(features).view(accelerator.num_processes, len(features), -1)
         features = gathered.transpose(0, 1).flatten(0, 1)[:len(images.query) + len(images.gallery)]
     query, gallery = features.split([len(images.query), len(images.gallery)])
-    return evaluate_features(query, gallery, images, config.dreal.dist_metric, config.dreal.camera_rule)
+    return evaluate_features(query, gallery, images, config.dreal.reid.dist_metric, config.dreal.reid.camera_rule)
 
 
-def measure_identities(network: nn.Module, config: SimpleNamespace, device: torch.device) -> dict[str, Any]:
+def measure_identities(network: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """Evaluate a network on the data of a configuration, by this process alone, for the card of an export."""
+    options = config.dreal.reid
+    data = open_checked(config.data_dir or '', _layout(config.dataset), options.camera_rule)
     return evaluate_network(
-        network, open_checked(config.data_dir, _layout(config.dataset), config.dreal.camera_rule),
-        config.dreal.dist_metric, config.dreal.camera_rule, config.dreal.flip_test, batch_size=config.batch_size,
+        network, data, options.dist_metric, options.camera_rule, options.flip_test, batch_size=config.batch_size,
         workers=config.workers, device=device)[0]

@@ -3,7 +3,6 @@ import logging
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.loading import read_checkpoint
 from dreal_timm.task import DrealTask
 from dreal_timm.train.checkpoint import LAST, kept_checkpoints
+from dreal_timm.train.settings import TrainConfig
 
 __all__ = ['is_last_of', 'load_checkpoint', 'restore', 'restore_scheduler', 'resume_path', 'scheduler_state']
 
@@ -32,7 +32,7 @@ def _problem(path: Path) -> str:
     return ''
 
 
-def resume_path(config: SimpleNamespace, directory: Path) -> Path | None:
+def resume_path(config: TrainConfig, directory: Path) -> Path | None:
     """Return the checkpoint that the recipe resumes from, or None to start anew; the first process alone calls this.
 
     'auto' is the last checkpoint of the folder; where there is none, the newest one that is whole.
@@ -75,7 +75,7 @@ def is_last_of(path: Path, directory: Path) -> bool:
     return path.name == LAST and path.resolve().parent == directory.resolve()
 
 
-def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
+def load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
     """Load a training checkpoint, of this package or of timm's train.py.
 
     Raises:

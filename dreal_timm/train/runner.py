@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 
 from dreal_timm.hub import describe_network, export
 from dreal_timm.hub.loading import read_checkpoint
-from dreal_timm.hub.results import shared_settings
+from dreal_timm.hub.results import flat_settings, shared_settings
 from dreal_timm.hub.run import NETWORK
 from dreal_timm.hub.upload import check_target
 from dreal_timm.train import build, datasets, loaders, reid
@@ -32,6 +31,7 @@ from dreal_timm.train.loop import Run, fit
 from dreal_timm.train.publish import export_anew, publish
 from dreal_timm.train.record import RECORD, Record
 from dreal_timm.train.resume import is_last_of, load_checkpoint, restore, restore_scheduler, resume_path
+from dreal_timm.train.settings import TrainConfig
 from dreal_timm.train.trackers import check_trackers, start_trackers
 from dreal_timm.utils.files import write_text
 
@@ -44,18 +44,12 @@ _logger = logging.getLogger(__name__)
 _FREE = ('resume', 'stop_epoch', 'output', 'experiment', 'start_epoch', 'log_with', 'log_kwargs', 'log_interval')
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    dreal = settings.get('dreal')
-    nested = {f'dreal.{name}': value for name, value in dreal.items()} if isinstance(dreal, Mapping) else {}
-    return {**{name: value for name, value in settings.items() if name != 'dreal'}, **nested}
-
-
-def _changes(config: SimpleNamespace, checkpoint: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
+def _changes(config: TrainConfig, checkpoint: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
     """Return the settings that a resumed run changes: [before, after] by their names."""
     trained = checkpoint.get('args')
     if not isinstance(trained, Mapping):
         return {}
-    before, after = _flat(trained), _flat(to_dict(config))
+    before, after = flat_settings(trained), flat_settings(to_dict(config))
     changed = {
         name: [before[name], value] for name, value in after.items()
         if name not in _FREE and before.get(name, value) != value}
@@ -64,7 +58,7 @@ def _changes(config: SimpleNamespace, checkpoint: Mapping[str, Any], processes: 
     return changed
 
 
-def _check_folder(config: SimpleNamespace, path: Path, checkpoint: Mapping[str, Any]) -> None:
+def _check_folder(config: TrainConfig, path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Raise a ValueError if the files beside a checkpoint are not ranked as this run ranks its own."""
     problem = ''
     if 'history' not in checkpoint:
@@ -75,7 +69,7 @@ def _check_folder(config: SimpleNamespace, path: Path, checkpoint: Mapping[str, 
         raise ValueError(f"resume: '{path}' {problem}: add experiment=NAME and resume={path} to go on in a new folder.")
 
 
-def _check_metric(config: SimpleNamespace) -> None:
+def _check_metric(config: TrainConfig) -> None:
     known = reid.METRICS if reid.is_reid(config) else METRICS
     if config.eval_metric not in known and config.val_split:
         raise ValueError(
@@ -84,7 +78,7 @@ def _check_metric(config: SimpleNamespace) -> None:
         raise ValueError("eval_metric: sched=plateau needs a metric that can stop improving, not 'epoch'.")
 
 
-def _distribute(config: SimpleNamespace, task: Any, device: torch.device, processes: int) -> None:
+def _distribute(config: TrainConfig, task: Any, device: torch.device, processes: int) -> None:
     """Compile and distribute, in timm's order: after the moving average, and DDP last."""
     if config.torchcompile:
         task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
@@ -95,7 +89,7 @@ def _distribute(config: SimpleNamespace, task: Any, device: torch.device, proces
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **buffers)
 
 
-def _build_data(config: SimpleNamespace, model: Any, data: Mapping[str, Any]) -> tuple[Any, Any]:
+def _build_data(config: TrainConfig, model: Any, data: Mapping[str, Any]) -> tuple[Any, Any]:
     """Open both splits, the second of them None where nothing is validated, and compare their classes."""
     channels = data['input_size'][0]
     train_set = datasets.build_dataset(config, config.train_split, channels, True, model.num_classes)
@@ -120,10 +114,10 @@ def _label_names(run: Run) -> list[str] | None:
     return None if reid.is_reid(run.config) else run.class_names
 
 
-def _build_learner(config: SimpleNamespace, model: Any, data: Mapping[str, Any], accelerator: Accelerator) -> Any:
+def _build_learner(config: TrainConfig, model: Any, data: Mapping[str, Any], accelerator: Accelerator) -> Any:
     """Freeze what is to be frozen, and make the task, its moving average and the optimizer."""
     frozen: list[nn.Module] = []
-    if config.dreal.freeze:
+    if config.dreal.start.freeze:
         frozen = build.freeze_backbone(model, data['input_size'])
     task = build.build_task(
         config, model, accelerator.device, data['input_size'], verbose=accelerator.is_main_process)
@@ -181,14 +175,14 @@ def _decide(is_main: bool, decision: Callable[[], Any]) -> Any:
     return result
 
 
-def _held_path(config: SimpleNamespace, lock: FolderLock, directory: Path) -> Path | None:
+def _held_path(config: TrainConfig, lock: FolderLock, directory: Path) -> Path | None:
     """Hold a folder that exists, and return what to go on from: nobody else replaces it any more."""
     if directory.is_dir():
         lock.take(directory)
     return resume_path(config, directory)
 
 
-def set_up(config: SimpleNamespace) -> Run:
+def set_up(config: TrainConfig) -> Run:
     """Check and build everything of a run; nothing is written, but for the lock of a folder that exists.
 
     Raises:
@@ -205,12 +199,12 @@ def set_up(config: SimpleNamespace) -> Run:
         raise
 
 
-def _set_up(config: SimpleNamespace, lock: FolderLock) -> Run:
+def _set_up(config: TrainConfig, lock: FolderLock) -> Run:
     build.import_device_modules(config)
     _check_metric(config)
     check_trackers(config.log_with or (), config.log_kwargs)
-    if config.dreal.push_to:
-        check_target(config.dreal.push_to)
+    if config.dreal.hub.push_to:
+        check_target(config.dreal.hub.push_to)
     accelerator = launch(config)
     device, is_main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     random_seed(config.seed, accelerator.process_index)
@@ -326,7 +320,7 @@ def describe(results: Mapping[str, Any]) -> str:
 
 
 def run(
-        config: SimpleNamespace | Mapping[str, Any] | str | Path,
+        config: TrainConfig | Mapping[str, Any] | str | Path,
         overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train a network as a recipe says, and export the best epoch without its critic.
@@ -347,7 +341,7 @@ def run(
             - 'best_epoch', 'metrics': Number of the best epoch, from 0, and its validation metrics: those of the
                 moving average where there is one, those of the training where nothing is validated
             - 'epochs': For each epoch 'epoch', 'lr', 'train', 'validation' and 'validation_ema' metrics
-            - 'pushed': Where `dreal.push_to` is set, the address of the commit on the Hub, empty if the push failed
+            - 'pushed': Where `dreal.hub.push_to` is set, the address of the commit on the Hub, empty if the push failed
 
     Raises:
         FileNotFoundError: The recipe, the data or a checkpoint is missing.
@@ -356,9 +350,9 @@ def run(
         FloatingPointError: A loss was not finite.
         OSError: A checkpoint cannot be written.
         ValueError: A setting is wrong.
-        WeightsError: Weights to start from cannot be had, or `dreal.push_to` is set and there is no token.
+        WeightsError: Weights to start from cannot be had, or `dreal.hub.push_to` is set and there is no token.
     """
-    if isinstance(config, SimpleNamespace):
+    if isinstance(config, TrainConfig):
         config = to_dict(config)
     state = set_up(load_config(config, overrides))
     try:
@@ -398,7 +392,7 @@ def _run(state: Run) -> dict[str, Any]:
     pushed = None
     if is_main:  # the others have nothing to wait for, which might take longer than they may wait
         _export(state)
-        pushed = publish(state) if state.config.dreal.push_to else None
+        pushed = publish(state) if state.config.dreal.hub.push_to else None
     best: dict[str, Any] = next((entry for entry in state.history if entry['epoch'] == best_epoch), {})
     return {
         'directory': str(directory),

@@ -3,7 +3,6 @@ import math
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -24,6 +23,7 @@ from dreal_timm.reid.layouts import open_reid
 from dreal_timm.train import datasets, loaders
 from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
+from dreal_timm.train.settings import TrainConfig
 from dreal_timm.version import __version__
 
 __all__ = ['describe', 'measure', 'measure_split', 'sample_images', 'validate']
@@ -103,7 +103,7 @@ def measure(
 
 def measure_split(
         network: nn.Module,
-        config: SimpleNamespace,
+        config: TrainConfig,
         device: torch.device,
         by_order: bool = False,
 ) -> dict[str, Any]:
