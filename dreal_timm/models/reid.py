@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dreal_timm.layers import GemPool
 from dreal_timm.models.sources import FETCHING, check_source
 
-__all__ = ['ReidNetwork', 'portable_arguments', 'remove_last_stride']
+__all__ = ['ReidNetwork', 'backbone_of', 'drop_identities', 'portable_arguments', 'remove_last_stride']
 
 _POOLS = ('avg', 'max', 'gem')
 _HINT = ' (last_stride=2 leaves it)'
@@ -213,6 +213,17 @@ class ReidNetwork(nn.Module):
         return {
             name: list(prefixed(value)) if isinstance(value, list) else next(prefixed(value))
             for name, value in groups.items()}
+
+
+def backbone_of(model: Any) -> Any:
+    """Return the network inside of an embedding network; of others, the network itself."""
+    return model.backbone if isinstance(model, ReidNetwork) else model
+
+
+def drop_identities(model: nn.Module) -> None:
+    """Remove the classifier of an embedding network, whose identities are nobody else's, as an export does."""
+    if isinstance(model, ReidNetwork):
+        model.reset_classifier(0)
 
 
 def portable_arguments(model: ReidNetwork) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from dreal_timm.hub import read_network, weights_digest
 from dreal_timm.hub.results import flat_settings, run_settings, training_record, training_settings
-from dreal_timm.models.reid import ReidNetwork
+from dreal_timm.models.reid import drop_identities
 from dreal_timm.reid.checking import unanswered
 from dreal_timm.reid.images import ReidSet, check_images
 from dreal_timm.reid.layouts import ReidData, ReidImage, open_reid, origin
@@ -253,8 +253,7 @@ def evaluate_network(
     images = [*data.query, *data.gallery, *asked]
     if reranked:
         check_reranked(data, multi_query, k1, k2, weight)
-    if isinstance(model, ReidNetwork):
-        model.reset_classifier(0)  # as it is exported
+    drop_identities(model)
     digest = weights_digest(model.state_dict())
     preprocessing = resolve_model_data_config(model)
     where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))

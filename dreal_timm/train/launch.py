@@ -1,8 +1,10 @@
 """Where a run happens: the processes and devices that the launcher gives, and the folder"""
 import logging
 import os
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +22,7 @@ from dreal_timm.train.lock import LOCK
 from dreal_timm.train.resume import is_last_of
 from dreal_timm.train.settings import TrainConfig
 
-__all__ = ['fast_kernels', 'launch', 'run_directory']
+__all__ = ['decide', 'fast_kernels', 'launch', 'run_directory']
 
 _logger = logging.getLogger(__name__)
 
@@ -82,6 +84,20 @@ def fast_kernels() -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+
+
+def decide(is_main: bool, decision: Callable[[], Any]) -> Any:
+    """Return what the first process decides, or raise what it raises, in every process."""
+    outcome: list[Any] = [None, None]
+    if is_main:
+        try:
+            outcome = [decision(), None]
+        except (OSError, ValueError) as error:
+            outcome = [None, error]
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise problem
+    return result
 
 
 def run_directory(config: TrainConfig, input_size: tuple[int, ...], is_main: bool) -> Path:

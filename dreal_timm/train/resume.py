@@ -15,7 +15,9 @@ from dreal_timm.task import DrealTask
 from dreal_timm.train.checkpoint import LAST, kept_checkpoints
 from dreal_timm.train.settings import TrainConfig
 
-__all__ = ['is_last_of', 'load_checkpoint', 'restore', 'restore_scheduler', 'resume_path', 'scheduler_state']
+__all__ = [
+    'check_folder', 'is_last_of', 'load_checkpoint', 'restore', 'restore_scheduler', 'resume_path', 'scheduler_state',
+]
 
 
 _logger = logging.getLogger(__name__)
@@ -100,6 +102,17 @@ def load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
     if opt not in (None, config.opt) and not config.no_resume_opt:  # PyTorch lets the state of another one pass
         raise ValueError(f"resume: '{path}' has the state of {opt}, but opt is {config.opt}; add no_resume_opt=true.")
     return checkpoint
+
+
+def check_folder(config: TrainConfig, path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the files beside a checkpoint are not ranked as this run ranks its own."""
+    problem = ''
+    if 'history' not in checkpoint:
+        problem = 'is not of this package'
+    elif any(checkpoint['args'][key] != getattr(config, key) for key in ('eval_metric', 'val_split')):
+        problem = 'ranked its epochs otherwise (eval_metric, val_split)'
+    if problem:
+        raise ValueError(f"resume: '{path}' {problem}: add experiment=NAME and resume={path} to go on in a new folder.")
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

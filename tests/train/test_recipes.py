@@ -15,7 +15,8 @@ from dreal_timm.probes.counterfactual import ExactProbe
 from dreal_timm.train import find_recipe, list_recipes, load_config
 from dreal_timm.train.config import to_dict
 from dreal_timm.train.loop import train_one_epoch
-from dreal_timm.train.runner import run, set_up
+from dreal_timm.train.runner import run
+from dreal_timm.train.setup import set_up
 
 COMMON = {'device_modules': ['dreal_timm']}
 SMALL = COMMON | {
@@ -152,7 +153,8 @@ def test_the_protocol_of_the_paper(photos, tmp_path, name, attention):
     assert state.task.criterion.label_smoothing == 0.0
     assert all(norm.weight.detach().min() == 1 for norm in state.model.modules() if isinstance(norm, nn.BatchNorm2d)
                and norm.weight.numel() > 1)  # zero_init_last=False
-    assert (state.task.actor_weight, state.task.measure.rule.gamma, state.task.measure.rule.clip) == (1.0, 1.0, None)
+    rule = state.task.measure.rule
+    assert (state.task.config.actor_weight, rule.gamma, rule.clip) == (1.0, 1.0, None)
     assert type(state.task.measure.probe) is ExactProbe
     assert state.task.get_trainable_module().rotation.rotate == 'epoch'
 

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import random
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -17,10 +18,11 @@ from dreal_timm import DrealTask
 from dreal_timm.cli import main
 from dreal_timm.hub import export_run, load
 from dreal_timm.reid import IdentityLoss, evaluate_reid, open_reid
-from dreal_timm.train import load_config, run, runner
+from dreal_timm.train import load_config, run
 from dreal_timm.train.loop import fit
-from dreal_timm.train.reid import build_train_loader
-from dreal_timm.train.runner import describe, set_up
+from dreal_timm.train.reid import Reidentification
+from dreal_timm.train.runner import describe
+from dreal_timm.train.setup import set_up
 
 
 def reid(people, output, dreal=None, **values):
@@ -159,7 +161,8 @@ def loader(people, process=0, processes=1, **values):
     config = load_config(reid(people, '', **values))
     data = {
         'input_size': (3, 32, 16), 'mean': (0.5,) * 3, 'std': (0.25,) * 3, 'interpolation': 'bilinear'}
-    return build_train_loader(config, open_reid(people), data, torch.device('cpu'), process, processes)
+    place = SimpleNamespace(device=torch.device('cpu'), process_index=process, num_processes=processes)
+    return Reidentification(config, place).train_loader(data, None)
 
 
 @pytest.mark.parametrize('prefetch', [True, False])
@@ -191,7 +194,8 @@ def test_batches(people, prefetch):
 ])
 def test_crops(people, crop, said):
     """The crop is one of three, and flip, colour and all else stay those of timm's keys."""
-    transform = str(loader(people, dreal={'crop': crop}, scale=[0.5, 1.0], color_jitter=0.3).dataset.transform)
+    options = {'reid': {'num_instances': 4, 'crop': crop}}
+    transform = str(loader(people, dreal=options, scale=[0.5, 1.0], color_jitter=0.3).dataset.transform)
     places = [transform.find(part) for part in [*said, 'ColorJitter(brightness=(0.7']]
     assert -1 not in places and places == sorted(places), transform
 
@@ -392,7 +396,7 @@ def test_an_image_that_breaks_while_it_trains(tmp_path, capsys, workers, monkeyp
         for image in (people / 'bounding_box_train').glob('0010*.jpg'):
             image.write_bytes(image.read_bytes()[:-200])
 
-    monkeypatch.setattr(runner.reid, 'read_all', broken)
+    monkeypatch.setattr('dreal_timm.train.reid._read_all', broken)
     assert main(['train', str(path)]) == 2
     assert '0010_c' in capsys.readouterr().err.splitlines()[-1]
 
