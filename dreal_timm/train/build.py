@@ -145,7 +145,8 @@ def build_model(config: TrainConfig) -> nn.Module:
         _init_head(model, config.head_init_scale, config.head_init_bias)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
-    return model
+    network: nn.Module = model
+    return network
 
 
 def freeze_backbone(model: Any, input_size: tuple[int, ...]) -> list[nn.Module]:
@@ -204,4 +205,6 @@ def build_optimizer(config: TrainConfig, module: nn.Module, global_batch_size: i
         adaptive = any(name in config.opt.lower() for name in ('ada', 'lamb'))
         scale = config.lr_base_scale or ('sqrt' if adaptive else 'linear')
         config.lr = config.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
-    return create_optimizer_v2(module, **optimizer_kwargs(cfg=config), **config.opt_kwargs)
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        module, **optimizer_kwargs(cfg=config), **config.opt_kwargs)
+    return optimizer

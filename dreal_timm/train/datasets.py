@@ -32,7 +32,8 @@ def data_config(config: TrainConfig, model: Any) -> dict[str, Any]:
         if len(given) not in (1, channels):
             raise ValueError(f'{key}: {len(given)} values for images of {channels} channels: {list(given)}.')
         args[key] = given
-    return resolve_data_config(args, model=model)
+    preprocessing: dict[str, Any] = resolve_data_config(args, model=model)
+    return preprocessing
 
 
 def options(config: TrainConfig, channels: int, is_training: bool) -> dict[str, Any]:

@@ -145,4 +145,4 @@ def run_directory(config: TrainConfig, input_size: tuple[int, ...], is_main: boo
     if problem:
         raise FileExistsError(
             f'{problem}. Choose another experiment=NAME, or remove the folder.')
-    return directory
+    return Path(directory)

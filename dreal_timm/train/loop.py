@@ -98,7 +98,7 @@ class Run:
     @property
     def lr(self) -> float:
         """Learning rate, the mean over the parameter groups as timm reports it."""
-        rates = [group['lr'] for group in self.optimizer.param_groups]
+        rates: list[float] = [group['lr'] for group in self.optimizer.param_groups]
         return sum(rates) / len(rates)
 
 

@@ -206,16 +206,16 @@ class Reidentification:
         return partial(self._validate, loader)
 
     def _validate(self, loader: Any, model: nn.Module) -> dict[str, float]:
-        options, accelerator, sizes = self.config.dreal.reid, self.accelerator, [
-            len(self.data.query), len(self.data.gallery)]
+        options, accelerator = self.config.dreal.reid, self.accelerator
+        queries, images = len(self.data.query), len(self.data.query) + len(self.data.gallery)
         features = extract_features(
             unwrap_model(model), loader, accelerator.device, options.flip_test, accelerator.autocast,
             self.config.channels_last)
         if accelerator.num_processes > 1:
             gathered = accelerator.gather(features).view(accelerator.num_processes, len(features), -1)
-            features = gathered.transpose(0, 1).flatten(0, 1)[:sum(sizes)]
-        query, gallery = features.split(sizes)
-        return evaluate_features(query, gallery, self.data, options.dist_metric, options.camera_rule)
+            features = gathered.transpose(0, 1).flatten(0, 1)[:images]
+        return evaluate_features(
+            features[:queries], features[queries:], self.data, options.dist_metric, options.camera_rule)
 
     def measure(self, network: nn.Module) -> dict[str, Any]:
         """Evaluate a network on queries and gallery."""

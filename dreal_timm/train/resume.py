@@ -84,7 +84,7 @@ def load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
         ValueError: The file is broken, is no training checkpoint, or is of another model.
     """
     try:
-        checkpoint = read_checkpoint(path, checked=True)
+        checkpoint: dict[str, Any] = read_checkpoint(path, checked=True)
     except ValueError as error:
         raise ValueError(f'resume: {error}') from error
     keys = checkpoint if isinstance(checkpoint, dict) else {}
