@@ -25,7 +25,7 @@ import dreal_timm
 from dreal_timm.data import prepare_digits
 from dreal_timm.train import load_config
 from dreal_timm.train.loop import train_one_epoch
-from dreal_timm.train.runner import set_up
+from dreal_timm.train.setup import set_up
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -36,7 +36,7 @@ def recipe(images: Path, output: Path, **values: Any) -> dict[str, Any]:
 def start(images: Path, output: Path, **values: Any) -> Any:
     """All of a run before its first epoch."""
     from dreal_timm.train import load_config
-    from dreal_timm.train.runner import set_up
+    from dreal_timm.train.setup import set_up
     state = set_up(load_config(recipe(images, output, **values)))
     state.directory.mkdir(parents=True, exist_ok=True)
     return state

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import timm
 import torch
 from reid.pictures import market
 
 from dreal_timm.attention.readers import READERS
+from dreal_timm.config import DrealConfig
 from dreal_timm.hub import export
-from dreal_timm.train.settings import DREAL_KEYS
+from dreal_timm.train.settings import list_keys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -89,14 +89,19 @@ def test_table_of_the_readme(monkeypatch, capsys):
     assert [row for row in rows if row not in README] == []
 
 
-@pytest.mark.parametrize('key', DREAL_KEYS, ids=lambda key: key.name)
-def test_options_of_the_readme(key):
-    """Every option of DREAL stands in the README, by its name."""
+def test_list_of_options():
+    """docs/options.md lists what `dreal-timm recipes --keys` prints: every key, with its default and its meaning."""
+    assert blocks((ROOT / 'docs' / 'options.md').read_text(encoding='utf-8'), 'text') == ['\n'.join(list_keys()) + '\n']
+
+
+def test_options_of_the_readme():
+    """The options that the README names are there, with these defaults."""
     options = README[README.index('### Options'):README.index('## What it costs')]
-    if key.name == 'enabled':  # a setting of a recipe, not of the task
-        assert 'dreal.enabled=false' in README
-    else:
-        assert f'`{key.name}`' in options
+    rows = re.findall(r'^\| `(\w+)` \| `?([\w.]+)`? \|', options, re.MULTILINE)
+    assert len(rows) == 6
+    for name, default in rows:
+        assert str(getattr(DrealConfig(), name)) == default
+    assert 'dreal.enabled=false' in README
 
 
 def test_files_that_are_named_exist():

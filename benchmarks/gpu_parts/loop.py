@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dreal_timm.train import load_config
 from dreal_timm.train.loop import Run, fit, train_one_epoch
-from dreal_timm.train.runner import set_up
+from dreal_timm.train.setup import set_up
 from gpu_parts.record import Record
 
 __all__ = ['main']

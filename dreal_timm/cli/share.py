@@ -2,7 +2,6 @@
 import argparse
 import json
 from functools import partial
-from typing import Any
 
 from dreal_timm.cli.flags import Commands, add_flags
 
@@ -11,7 +10,7 @@ __all__ = ['add_commands']
 
 def _export_format(args: argparse.Namespace) -> None:
     from dreal_timm.hub import export_format, read_network
-    from dreal_timm.train.validate import sample_images
+    from dreal_timm.train.domains import sample_images
     for name in ('half', 'results', 'control', 'class_map', 'by_order'):
         if getattr(args, name):
             raise ValueError(f'--{name} goes with --format timm.')
@@ -24,22 +23,6 @@ def _export_format(args: argparse.Namespace) -> None:
     print(f'exported {folder}\nlargest difference of a logit: {largest}')
 
 
-def _measure(
-        network: Any, source: str, data_dir: str, dataset: str, split: str, class_map: str, by_order: bool,
-) -> dict[str, Any]:
-    """Validate a classifier, or evaluate an embedding network as its training did."""
-    from dreal_timm.models.reid import ReidNetwork
-    if isinstance(network, ReidNetwork):
-        if class_map or by_order:
-            raise ValueError('An embedding network has no classes to name.')
-        from dreal_timm.reid.evaluation import evaluate_network, open_checked, settings_of
-        options = settings_of(source)
-        data = open_checked(data_dir, dataset.removeprefix('reid/'), options.get('camera_rule', 'exclude'))
-        return evaluate_network(network, data, **options)[0]
-    from dreal_timm.train.validate import measure
-    return measure(network, data_dir, dataset, split, class_map=class_map, by_order=by_order)
-
-
 def _export(args: argparse.Namespace) -> None:
     if args.format != 'timm':
         _export_format(args)
@@ -49,8 +32,9 @@ def _export(args: argparse.Namespace) -> None:
         raise ValueError('--class-map and --classes-by-order go with --data.')
     measure = None
     if args.data:
+        from dreal_timm.train.domains import measure_export
         measure = partial(
-            _measure, source=args.source, data_dir=args.data, dataset=args.dataset, split=args.split,
+            measure_export, source=args.source, data_dir=args.data, dataset=args.dataset, split=args.split,
             class_map=args.class_map, by_order=args.by_order)
     folder = export_run(
         args.source, args.directory, args.weights, args.half,

@@ -1,6 +1,5 @@
 """`dreal-timm train`, and what it starts from: `recipes` and `data`"""
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -28,11 +27,9 @@ def add_train(commands: Commands) -> None:
 
 def _recipes(args: argparse.Namespace) -> None:
     from dreal_timm.train import find_recipe, list_recipes
-    from dreal_timm.train.settings import DREAL_KEYS, KEYS
+    from dreal_timm.train.settings import list_keys
     if args.keys:
-        for prefix, keys in (('', KEYS), ('dreal.', DREAL_KEYS)):
-            for key in keys:
-                print(f'{prefix + key.name:26} {json.dumps(key.default):22} {key.help}')
+        print('\n'.join(list_keys()))
         return
     if args.copy:
         source, target = find_recipe(args.copy), Path(args.to)

@@ -21,7 +21,7 @@ _KINDS = ('torch', 'hfds', 'hfids', 'wds', 'tfds')
 _PACKAGES = {'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow_datasets'}
 
 
-def _kind(name: str, root: str, class_map: Any, download: bool) -> str:
+def _kind(name: str, root: str | None, class_map: Any, download: bool) -> str:
     """Return the kind of the data set, '' for an image folder, after a look at what can be seen without opening it."""
     kind, slash, _ = name.partition('/')
     kind = kind.lower()
@@ -40,8 +40,8 @@ def _kind(name: str, root: str, class_map: Any, download: bool) -> str:
         raise ValueError('class_map: the labels of webdataset shards are numbers already, without names to map.')
     if not root and kind in ('', 'torch', 'wds'):
         raise ValueError('data_dir: the recipe names no place of images; add data_dir=DIR.')
-    local = kind in ('', 'torch') or (kind == 'wds' and ':' not in root)
-    if local and not download and not Path(root).exists():
+    local = kind in ('', 'torch') or (kind == 'wds' and ':' not in (root or ''))
+    if local and not download and not Path(root or '').exists():
         raise FileNotFoundError(f"data_dir: no folder '{root}'.")
     return kind
 
@@ -88,7 +88,7 @@ def _open(
 
 def open_dataset(
         name: str,
-        root: str,
+        root: str | None,
         split: str,
         *,
         channels: int = 3,
@@ -104,7 +104,7 @@ def open_dataset(
 
     Args:
         name: Kind and name as timm has them (`torch/fashion_mnist`, `hfds/user/name`); empty is an image folder.
-        root: Its folder.
+        root: Its folder; None where the kind needs none.
         split: Name of the split.
         channels: Channels of the images.
         num_classes: Classes of the network, which labels are checked against.
@@ -126,7 +126,7 @@ def open_dataset(
     if kind == 'torch' and name.partition('/')[2].lower() in ('folder', 'image_folder'):
         options['loader'] = partial(read_image, mode=options['input_img_mode'])
     try:
-        dataset = _open(kind, name, root, split, class_map, image_key, **options)
+        dataset = _open(kind, name, root or '', split, class_map, image_key, **options)
     except (AssertionError, RuntimeError, TypeError, KeyError, ValueError) as error:
         reason = str(error) or 'not found'
         if kind in _PACKAGES:
@@ -148,7 +148,7 @@ def open_dataset(
 def open_for(
         network: Any,
         name: str,
-        root: str,
+        root: str | None,
         split: str,
         *,
         class_map: str | Mapping[str, int] | None = None,

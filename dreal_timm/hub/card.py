@@ -20,7 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreal_timm.hub.config import check_config
 from dreal_timm.hub.files import read_json
 from dreal_timm.hub.markdown import code, escape, plain
-from dreal_timm.hub.results import check_control, is_reinforced, read_results, training_record, training_settings
+from dreal_timm.hub.results import (
+    check_control,
+    flat_settings,
+    is_reinforced,
+    read_results,
+    training_record,
+    training_settings,
+)
 from dreal_timm.provenance import weights_digest
 
 __all__ = ['write_card']
@@ -28,7 +35,8 @@ __all__ = ['write_card']
 _SETTINGS = (
     'epochs', 'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched', 'warmup_epochs', 'smoothing', 'mixup',
     'cutmix', 'aa', 'model_ema', 'amp', 'seed', 'pretrained')
-_REINFORCED = ('probe', 'probe_every', 'actor_weight', 'gamma', 'rotate', 'backbone')
+_REINFORCED = (
+    'dreal.probe', 'dreal.probe_every', 'dreal.actor_weight', 'dreal.gamma', 'dreal.rotate', 'dreal.start.backbone')
 # title, id on the Hub and licence of data sets that are known
 _DATA = {
     'torch/fashion_mnist': ('Fashion-MNIST', 'zalando-datasets/fashion_mnist', 'MIT'),
@@ -265,10 +273,10 @@ def _front_matter(folder: _Folder) -> ModelCardData:
 
 def _shown_settings(folder: _Folder) -> list[tuple[str, str]]:
     """Settings of the training that the card shows, with their values."""
-    dreal = folder.settings.get('dreal') or {}
+    flat = flat_settings(folder.settings)
     rows = [(key, folder.settings[key]) for key in _SETTINGS if folder.settings.get(key) not in (None, '', False)]
     if folder.reinforced:
-        rows += [(f'dreal.{key}', dreal[key]) for key in _REINFORCED if dreal.get(key) not in (None, '')]
+        rows += [(key, flat[key]) for key in _REINFORCED if flat.get(key) not in (None, '')]
     return [(key, escape(value)) for key, value in rows]
 
 

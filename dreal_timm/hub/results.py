@@ -6,8 +6,8 @@ from typing import Any
 from dreal_timm.hub.files import read_json, read_yaml
 
 __all__ = [
-    'check_control', 'is_reinforced', 'read_results', 'run_settings', 'shared_settings', 'training_record',
-    'training_settings',
+    'check_control', 'flat_settings', 'is_reinforced', 'read_results', 'run_settings', 'shared_settings',
+    'training_record', 'training_settings',
 ]
 
 _KEYS = {
@@ -26,7 +26,9 @@ _FREE = (
     'dreal', 'output', 'experiment', 'resume', 'stop_epoch', 'log_with', 'log_kwargs', 'log_interval', 'data_dir',
     'workers', 'pin_mem', 'device', 'checkpoint_hist', 'save_epochs', 'class_map')
 # settings under `dreal:` that plain training has too
-_SHARED = ('task', 'freeze', 'backbone', 'gates', 'num_instances', 'crop', 'margin', 'triplet_weight')
+_SHARED = (
+    'dreal.task', 'dreal.start.freeze', 'dreal.start.backbone', 'dreal.start.gates', 'dreal.reid.num_instances',
+    'dreal.reid.crop', 'dreal.reid.margin', 'dreal.reid.triplet_weight')
 _PRIVATE = (
     'data', 'data_dir', 'output', 'resume', 'initial_checkpoint', 'pretrained_path', 'class_map', 'log_with',
     'log_kwargs')
@@ -148,6 +150,15 @@ def _relevant_changes(record: Any) -> list[Any]:
     return rows
 
 
+def flat_settings(settings: Mapping[str, Any], where: str = '') -> dict[str, Any]:
+    """Return settings with those of `dreal`, and of the blocks in it, by their names with dots."""
+    found = {}
+    for name, value in settings.items():
+        is_block = isinstance(value, Mapping) and (where == 'dreal.' or (not where and name == 'dreal'))
+        found.update(flat_settings(value, f'{where}{name}.') if is_block else {f'{where}{name}': value})
+    return found
+
+
 def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of a training without the paths of the machine and the arguments of its trackers."""
     return {key: value for key, value in settings.items() if key not in _PRIVATE}
@@ -164,7 +175,7 @@ def check_control(results: Mapping[str, Any], control: Mapping[str, Any]) -> Non
         raise ValueError('control: results tell of no training settings: validate the folders that the runs exported.')
     if is_reinforced(plain):
         raise ValueError('control: it was reinforced too: train it with dreal.enabled=false.')
-    own, other = trained.get('dreal') or {}, plain.get('dreal') or {}
+    own, other = flat_settings(trained), flat_settings(plain)
     changes = [_relevant_changes(measured.get('run')) for measured in (results, control)]
     if changes[0] != changes[1]:
         raise ValueError(
@@ -173,7 +184,7 @@ def check_control(results: Mapping[str, Any], control: Mapping[str, Any]) -> Non
     for key in _SHARED:
         if key in own and key in other and own[key] != other[key]:
             raise ValueError(
-                f'control: it was trained with dreal.{key} {other[key]!r}, and not {own[key]!r} as the network.')
+                f'control: it was trained with {key} {other[key]!r}, and not {own[key]!r} as the network.')
     for key in sorted(trained.keys() | plain.keys()):
         if key not in _FREE and trained.get(key) != plain.get(key):
             raise ValueError(

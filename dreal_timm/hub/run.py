@@ -20,7 +20,7 @@ from dreal_timm.hub.loading import load, read_checkpoint, weights_of
 from dreal_timm.hub.results import read_results, shared_settings
 from dreal_timm.hub.shapes import bounded
 from dreal_timm.hub.timm_run import is_timm_run, load_timm_run
-from dreal_timm.models.reid import ReidNetwork
+from dreal_timm.models.reid import drop_identities
 from dreal_timm.provenance import preprocessing_of, versions
 
 __all__ = [
@@ -238,8 +238,7 @@ def export_run(
     if Path(directory).exists():
         raise FileExistsError(f'{directory} exists: choose another folder, or remove it.')
     model, checkpoint, run, taken = _read(source, weights)
-    if isinstance(model, ReidNetwork):
-        model.reset_classifier(0)  # an embedding: nobody else has these identities
+    drop_identities(model)
     config: Any = model.pretrained_cfg
     trained = checkpoint.get('args')  # those of the run may have changed since
     if not isinstance(trained, Mapping) and (run / 'args.yaml').is_file():

@@ -18,7 +18,7 @@ from dreal_timm.errors import reason
 from dreal_timm.layers import GemPool
 from dreal_timm.models.sources import FETCHING, check_source
 
-__all__ = ['ReidNetwork', 'portable_arguments', 'remove_last_stride']
+__all__ = ['ReidNetwork', 'backbone_of', 'drop_identities', 'portable_arguments', 'remove_last_stride']
 
 _POOLS = ('avg', 'max', 'gem')
 _REGULARIZATION = {'drop_path_rate', 'drop_block_rate', 'bn_momentum', 'bn_eps'}
@@ -222,6 +222,17 @@ def _arguments(model: nn.Module) -> dict[str, Any]:
     """What timm built a network with, which it notes in a private attribute."""
     arguments: dict[str, Any] = getattr(model, '_model_args', {})
     return arguments
+
+
+def backbone_of(model: Any) -> Any:
+    """Return the network inside of an embedding network; of others, the network itself."""
+    return model.backbone if isinstance(model, ReidNetwork) else model
+
+
+def drop_identities(model: nn.Module) -> None:
+    """Remove the classifier of an embedding network, whose identities are nobody else's, as an export does."""
+    if isinstance(model, ReidNetwork):
+        model.reset_classifier(0)
 
 
 def portable_arguments(model: ReidNetwork) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from timm.data import create_loader, resolve_model_data_config
 from torch import nn
 
 from dreal_timm.hub import read_network
-from dreal_timm.hub.results import run_settings, training_record, training_settings
-from dreal_timm.models.reid import ReidNetwork
+from dreal_timm.hub.results import flat_settings, run_settings, training_record, training_settings
+from dreal_timm.models.reid import drop_identities
 from dreal_timm.provenance import preprocessing_of, versions, weights_digest
 from dreal_timm.reid.checking import unanswered
 from dreal_timm.reid.images import ReidSet, check_images
@@ -262,8 +262,7 @@ def evaluate_network(
     images = [*data.query, *data.gallery, *extra_images]
     if reranked:
         check_reranked(data, multi_query, **reranking)
-    if isinstance(model, ReidNetwork):
-        model.reset_classifier(0)  # as it is exported
+    drop_identities(model)
     digest = weights_digest(model.state_dict())
     preprocessing = resolve_model_data_config(model)
     where = pick_device(device)
@@ -345,6 +344,7 @@ def settings_of(model: str | Path) -> dict[str, Any]:
     Args:
         model: Folder of a run, a checkpoint in it, or an exported folder.
     """
-    dreal = (run_settings(Path(model)) or {}).get('dreal') or {}
+    flat = flat_settings(run_settings(Path(model)) or {})
     names = {'metric': 'dist_metric', 'camera_rule': 'camera_rule', 'flip': 'flip_test'}
-    return {name: dreal[key] for name, key in names.items() if key in dreal} if dreal.get('task') == 'reid' else {}
+    given = {name: flat[f'dreal.reid.{key}'] for name, key in names.items() if f'dreal.reid.{key}' in flat}
+    return given if flat.get('dreal.task') == 'reid' else {}

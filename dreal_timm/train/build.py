@@ -4,7 +4,6 @@ import logging
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -21,10 +20,9 @@ from dreal_timm.errors import UNREADABLE, WeightsError, nearest, why_unreadable
 from dreal_timm.hub.backbone import load_backbone, open_gates
 from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.loading import check_model_name, fetch_network
-from dreal_timm.models.reid import ReidNetwork
-from dreal_timm.reid.objective import IdentityLoss
+from dreal_timm.models.reid import backbone_of
 from dreal_timm.task import DrealTask
-from dreal_timm.train.loaders import mixes
+from dreal_timm.train.settings import TrainConfig
 
 __all__ = [
     'build_model', 'build_optimizer', 'build_task', 'freeze_backbone', 'import_device_modules',
@@ -33,13 +31,8 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-# of the network, its data and its export
-_NOT_OF_THE_TASK = (
-    'task', 'freeze', 'backbone', 'gates', 'num_instances', 'crop', 'margin', 'triplet_weight', 'dist_metric',
-    'camera_rule', 'flip_test', 'push_to', 'push_private')
 
-
-def import_device_modules(config: SimpleNamespace) -> None:
+def import_device_modules(config: TrainConfig) -> None:
     """Import the modules that the recipe names, as timm's train.py does."""
     for name in config.device_modules or ():
         importlib.import_module(name)
@@ -57,46 +50,41 @@ def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
             head.bias.fill_(bias)
 
 
-def _start_backbone(config: SimpleNamespace, model: nn.Module) -> None:
-    if config.dreal.backbone:
-        network = model.backbone if isinstance(model, ReidNetwork) else model
-        found = load_backbone(network, config.dreal.backbone, gates=config.dreal.gates)
-        _logger.info(f'backbone {config.dreal.backbone}: {found}')
-        for word, names in (('missing', found.missing), ('unused', found.unused)):
+def _start_backbone(config: TrainConfig, model: nn.Module) -> None:
+    if config.dreal.start.backbone:
+        loaded = load_backbone(backbone_of(model), config.dreal.start.backbone, gates=config.dreal.start.gates)
+        _logger.info(f'backbone {config.dreal.start.backbone}: {loaded}')
+        for word, names in (('missing', loaded.missing), ('unused', loaded.unused)):
             if len(names) > 3:  # the line before names them otherwise
                 _logger.info(f"{word}: {', '.join(names)}")
-    elif config.dreal.gates == 'open':
+    elif config.dreal.start.gates == 'open':
         open_gates(model)
 
 
-def build_model(config: SimpleNamespace) -> nn.Module:
-    """Create the network of a run.
-
-    Raises:
-        ValueError: No such model, or weights that do not fit it.
-        FileNotFoundError: No such initial checkpoint.
-        WeightsError: The weights cannot be had of the Hub, which is told at the first request.
-    """
+def _check_start(config: TrainConfig) -> None:
+    """Raise an error if what the network starts from is not there, or is named twice."""
     check_model_name(config.model)
     for key in ('initial_checkpoint', 'pretrained_path'):
-        if getattr(config, key) and not Path(getattr(config, key)).is_file():
-            raise FileNotFoundError(f"{key}: no file '{getattr(config, key)}'.")
-        if getattr(config, key):
-            check_damage(getattr(config, key))
+        path = getattr(config, key)
+        if path and not Path(path).is_file():
+            raise FileNotFoundError(f"{key}: no file '{path}'.")
+        if path:
+            check_damage(path)
     started = config.pretrained or config.pretrained_path or config.initial_checkpoint
-    if started and (config.dreal.backbone or config.dreal.gates == 'open'):
+    if started and (config.dreal.start.backbone or config.dreal.start.gates == 'open'):
         raise ValueError(
-            'dreal.backbone, dreal.gates: the network starts from pretrained, pretrained_path or initial_checkpoint.')
+            'dreal.start.backbone, dreal.start.gates: the network starts from pretrained, pretrained_path or '
+            'initial_checkpoint.')
     if config.pretrained_path and timm.models.parse_model_name(config.model)[0] is not None:
         raise ValueError(
             f"pretrained_path: '{config.model}' names weights of its own, which timm takes in place of the file: name "
             'the architecture.')
     if config.pretrained and config.model == 'dreal_reid':
-        raise ValueError('pretrained: dreal_reid has no weights; dreal.backbone names those of its backbone.')
-    if config.fast_norm:
-        set_fast_norm()
-    if not {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'} & config.model_kwargs.keys():
-        fetch_network(config.model, weights=bool(config.pretrained) and not config.pretrained_path)
+        raise ValueError('pretrained: dreal_reid has no weights; dreal.start.backbone names those of its backbone.')
+
+
+def _model_arguments(config: TrainConfig) -> dict[str, Any]:
+    """Arguments of `timm.create_model`."""
     kwargs = resolve_model_input_args(
         config.model,
         dict(in_chans=config.in_chans, input_size=config.input_size, img_size=config.img_size),
@@ -113,13 +101,30 @@ def build_model(config: SimpleNamespace) -> nn.Module:
     if config.pretrained_path:
         # as timm's train.py: the file comes before the Hub, and the classifier is made anew
         kwargs['pretrained_cfg_overlay'] = dict(file=config.pretrained_path, num_classes=-1)
+    return dict(
+        kwargs,
+        pretrained=config.pretrained or bool(config.pretrained_path),
+        checkpoint_path=config.initial_checkpoint or None,
+    )
+
+
+def build_model(config: TrainConfig) -> nn.Module:
+    """Create the network of a run.
+
+    Raises:
+        ValueError: No such model, or weights that do not fit it.
+        FileNotFoundError: No such initial checkpoint.
+        WeightsError: The weights cannot be had of the Hub, which is told at the first request.
+    """
+    _check_start(config)
+    if config.fast_norm:
+        set_fast_norm()
+    if not {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'} & config.model_kwargs.keys():
+        fetch_network(config.model, weights=bool(config.pretrained) and not config.pretrained_path)
+    arguments = _model_arguments(config)
     given = config.initial_checkpoint or config.pretrained_path
     try:
-        model = timm.create_model(
-            pretrained=config.pretrained or bool(config.pretrained_path),
-            checkpoint_path=config.initial_checkpoint or None,
-            **kwargs,
-        )
+        model = timm.create_model(**arguments)
     except TypeError as error:
         refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if refused is None or refused[1] not in config.model_kwargs:
@@ -140,7 +145,8 @@ def build_model(config: SimpleNamespace) -> nn.Module:
         _init_head(model, config.head_init_scale, config.head_init_bias)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
-    return model
+    network: nn.Module = model
+    return network
 
 
 def freeze_backbone(model: Any, input_size: tuple[int, ...]) -> list[nn.Module]:
@@ -152,9 +158,8 @@ def freeze_backbone(model: Any, input_size: tuple[int, ...]) -> list[nn.Module]:
     """
     free = {id(p) for p in attention_parameters(model, find_sites(model, input_size)).values()}
     free |= {id(p) for p in model.get_classifier().parameters()}
-    if isinstance(model, ReidNetwork):
-        backbone = {id(p) for p in model.backbone.parameters()}
-        free |= {id(p) for p in model.parameters() if p.requires_grad and id(p) not in backbone}
+    backbone = {id(p) for p in backbone_of(model).parameters()}
+    free |= {id(p) for p in model.parameters() if p.requires_grad and id(p) not in backbone}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in free
     return [
@@ -164,36 +169,25 @@ def freeze_backbone(model: Any, input_size: tuple[int, ...]) -> list[nn.Module]:
 
 
 def build_task(
-        config: SimpleNamespace,
+        config: TrainConfig,
         model: nn.Module,
-        device: torch.device,
         input_size: tuple[int, ...],
-        verbose: bool = True,
+        **options: Any,
 ) -> ClassificationTask:
-    """Create the task: reinforced, or timm's plain one with `dreal.enabled: false`."""
-    loss: dict[str, Any] = dict(
-        loss_type='bce' if config.bce_loss else None,
-        smoothing=config.smoothing,
-        soft_targets=mixes(config),
-    )
-    if config.bce_loss:
-        loss.update(
-            bce_sum=config.bce_sum, bce_target_thresh=config.bce_target_thresh, pos_weight=config.bce_pos_weight)
-    common: dict[str, Any] = dict(criterion_kwargs=loss, device=device, verbose=verbose)
-    dreal = dict(vars(config.dreal))
-    if isinstance(model, ReidNetwork) and config.dreal.task == 'reid':
-        del common['criterion_kwargs']
-        common['criterion'] = IdentityLoss(
-            model, config.smoothing, config.dreal.margin, config.dreal.triplet_weight).to(device)
-    for key in _NOT_OF_THE_TASK:
-        dreal.pop(key)
-    if not dreal.pop('enabled'):
-        return ClassificationTask(model, **common)
-    dreal['seed'] = config.seed if dreal['seed'] is None else dreal['seed']
-    return DrealTask(model, input_size=input_size, **common, **dreal)
+    """Create the task: reinforced, or timm's plain one with `dreal.enabled: false`.
+
+    Args:
+        config: The configuration.
+        model: The network.
+        input_size: (C, H, W) of the images.
+        **options: Arguments that both tasks have: criterion, device and verbosity.
+    """
+    if not config.dreal.enabled:
+        return ClassificationTask(model, **options)
+    return DrealTask(model, input_size=input_size, config=config.dreal.of_task(config.seed), **options)
 
 
-def build_optimizer(config: SimpleNamespace, module: nn.Module, global_batch_size: int) -> torch.optim.Optimizer:
+def build_optimizer(config: TrainConfig, module: nn.Module, global_batch_size: int) -> torch.optim.Optimizer:
     """Create the optimizer; the learning rate scales with the batch size as in timm's train.py.
 
     Args:
@@ -211,4 +205,6 @@ def build_optimizer(config: SimpleNamespace, module: nn.Module, global_batch_siz
         adaptive = any(name in config.opt.lower() for name in ('ada', 'lamb'))
         scale = config.lr_base_scale or ('sqrt' if adaptive else 'linear')
         config.lr = config.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
-    return create_optimizer_v2(module, **optimizer_kwargs(cfg=config), **config.opt_kwargs)
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        module, **optimizer_kwargs(cfg=config), **config.opt_kwargs)
+    return optimizer

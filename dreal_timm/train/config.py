@@ -1,18 +1,24 @@
 """Recipes: where they are found, and how one becomes a configuration"""
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 import dreal_timm
 from dreal_timm.errors import nearest, reason
-from dreal_timm.options import Option as Key
-from dreal_timm.options import convert
-from dreal_timm.train.settings import DREAL_KEYS, KEYS, NOT_SUPPORTED
+from dreal_timm.options import convert, options_of
+from dreal_timm.train.settings import LEFT, NOT_SUPPORTED, DrealBlock, TrainConfig, blocks_of, dotted_options
 
 __all__ = ['find_recipe', 'list_recipes', 'load_config', 'read_recipe', 'to_dict']
+
+_Block = TypeVar('_Block')
+_BLOCKS = {'dreal', *blocks_of(DrealBlock)}  # which may stand without a key in them
+_MOVED = {
+    **{f'dreal.{key.name}': name for name, key in dotted_options(DrealBlock, 'dreal.').items() if name.count('.') == 2},
+    'dreal.push_private': 'dreal.hub.private',
+}
 
 
 def _recipe_dir() -> Path:
@@ -55,7 +61,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(name, str) and name in seen and key.tag != 'tag:yaml.org,2002:merge':
                 raise _SettingError(problem=f"key '{name}' stands twice", problem_mark=key.start_mark)
             seen.add(name if isinstance(name, str) else None)
-            if isinstance(value, yaml.ScalarNode) and value.value == '' and value.style is None and name != 'dreal':
+            if isinstance(value, yaml.ScalarNode) and value.value == '' and value.style is None and name not in _BLOCKS:
                 raise _SettingError(
                     problem=f"key '{name}' has no value: write null, or '' for an empty text",
                     problem_mark=key.start_mark)
@@ -98,12 +104,13 @@ def _parse(text: str, setting: str) -> Any:
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """['dreal.enabled=false', 'epochs=3'] -> {'dreal': {'enabled': False}, 'epochs': 3}."""
     values: dict[str, Any] = {}
-    texts = {key.name: key.type for key in KEYS} | {f'dreal.{key.name}': key.type for key in DREAL_KEYS}
+    known = dotted_options()
     for override in overrides:
         name, equals, text = override.partition('=')
         if not equals or not name:
             raise ValueError(f"Expected key=value, got '{override}'.")
-        is_text = texts.get(name) == 'str'
+        _check_moved(name)
+        is_text = name in known and known[name].type == 'str'
         if not text.strip() and not is_text:
             raise ValueError(f"'{override}' has no value; {name}=null is the default.")
         value = text if is_text and text != 'null' else _parse(text, override)
@@ -129,12 +136,27 @@ def _asks_for_nothing(value: Any) -> bool:
     return value is None or value is False or value in ('', [], {})
 
 
-def _check_keys(values: Mapping[str, Any], keys: Sequence[Key], where: str = '', lenient: bool = False) -> None:
-    known = [key.name for key in keys]
+def _check_moved(name: str) -> None:
+    """Raise a ValueError about a key of `dreal:` that stands elsewhere now."""
+    if name in _MOVED:
+        raise ValueError(f"Key '{name}' moved to {_MOVED[name]}.")
+    if name.removeprefix('dreal.') in LEFT and name.startswith('dreal.'):
+        raise ValueError(f"Key '{name}' left the product; benchmarks/study has it.")
+
+
+def _check_keys(values: Any, cls: type, where: str = '', lenient: bool = False) -> None:
+    """Raise a ValueError about a key that a block, or a block in it, does not have."""
+    if not isinstance(values, dict):
+        raise ValueError(f'{where[:-1]}: expected a mapping, got {values!r}.')
+    blocks = blocks_of(cls)
+    known = [*(each.name for each in options_of(cls)), *blocks]
     for name, value in values.items():
+        if name in blocks:
+            _check_keys({} if value is None else value, blocks[name], f'{where}{name}.')
         # timm writes all of its keys into args.yaml: those without a value, or with timm's own, ask for nothing
         if name in known or (lenient and _asks_for_nothing(value)):
             continue
+        _check_moved(f'{where}{name}')
         if not where and name in NOT_SUPPORTED:
             default, instead = NOT_SUPPORTED[name]
             if value == default:
@@ -143,17 +165,17 @@ def _check_keys(values: Mapping[str, Any], keys: Sequence[Key], where: str = '',
         raise ValueError(f"Unknown key '{where}{name}'{nearest(str(name), known)}.")
 
 
-def _resolve(values: Mapping[str, Any], keys: Sequence[Key], where: str) -> dict[str, Any]:
-    resolved = {}
-    for key in keys:
-        value = values.get(key.name, key.default)
-        if value is None and not key.nullable:
-            value = key.default
-        resolved[key.name] = convert(key, value, where)
-    return resolved
+def _build(cls: type[_Block], values: Mapping[str, Any], where: str = '') -> _Block:
+    given = {}
+    for each in options_of(cls):
+        value = values.get(each.name, each.default)
+        given[each.name] = convert(each, each.default if value is None and not each.nullable else value, where)
+    for name, block in blocks_of(cls).items():
+        given[name] = _build(block, values.get(name) or {}, f'{where}{name}.')
+    return cls(**given)
 
 
-def load_config(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> SimpleNamespace:
+def load_config(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
     """Return the configuration of a recipe: every key with its value, DREAL's own as `config.dreal`.
 
     Args:
@@ -169,22 +191,15 @@ def load_config(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
     else:
         values = read_recipe(find_recipe(recipe))
     settings = _parse_overrides(overrides)
-    _check_keys({name: value for name, value in settings.items() if name != 'dreal'}, KEYS)
+    _check_keys(settings, TrainConfig)
     values = _merge(values, settings)
     data = values.pop('data', None)  # timm's train.py has both, and this one first
     if data is not None:
         values['data_dir'] = values.get('data_dir') or data
-    dreal = values.pop('dreal', None)
-    dreal = {} if dreal is None else dreal
-    if not isinstance(dreal, dict):
-        raise ValueError(f'dreal: expected a mapping, got {dreal!r}.')
-    _check_keys(values, KEYS, lenient=True)
-    _check_keys(dreal, DREAL_KEYS, 'dreal.')
-    config = SimpleNamespace(**_resolve(values, KEYS, ''))
-    config.dreal = SimpleNamespace(**_resolve(dreal, DREAL_KEYS, 'dreal.'))
-    return config
+    _check_keys(values, TrainConfig, lenient=True)
+    return _build(TrainConfig, values)
 
 
-def to_dict(config: SimpleNamespace) -> dict[str, Any]:
+def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration as plain keys and values, as `load_config` takes them."""
-    return {**vars(config), 'dreal': dict(vars(config.dreal))}
+    return asdict(config)

@@ -11,9 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dreal_timm.data.images import NO_LABEL
 
-__all__ = ['METRICS', 'evaluate']
-
-METRICS = ('top1', 'top5', 'loss', 'epoch')  # that epochs can be ranked by
+__all__ = ['evaluate']
 
 
 def _loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Where a run happens: the processes and devices that the launcher gives, and the folder"""
 import logging
 import os
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,13 +20,14 @@ from timm.models import safe_model_name
 from dreal_timm.train.checkpoint import LAST
 from dreal_timm.train.lock import LOCK
 from dreal_timm.train.resume import is_last_of
+from dreal_timm.train.settings import TrainConfig
 
-__all__ = ['fast_kernels', 'launch', 'run_directory']
+__all__ = ['decide', 'fast_kernels', 'launch', 'run_directory']
 
 _logger = logging.getLogger(__name__)
 
 
-def launch(config: SimpleNamespace) -> Accelerator:
+def launch(config: TrainConfig) -> Accelerator:
     """Return Accelerate's accelerator: the launcher gives processes and devices, the recipe decides all else.
 
     Flags of torch.backends (TF32, `cudnn.benchmark`, deterministic algorithms) stay as the caller has set them.
@@ -84,7 +86,21 @@ def fast_kernels() -> None:
     torch.backends.cudnn.benchmark = True
 
 
-def run_directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main: bool) -> Path:
+def decide(is_main: bool, decision: Callable[[], Any]) -> Any:
+    """Return what the first process decides, or raise what it raises, in every process."""
+    outcome: list[Any] = [None, None]
+    if is_main:
+        try:
+            outcome = [decision(), None]
+        except (OSError, ValueError) as error:
+            outcome = [None, error]
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise problem
+    return result
+
+
+def run_directory(config: TrainConfig, input_size: tuple[int, ...], is_main: bool) -> Path:
     """Return the folder of the run, as the first process names it; only that one looks whether it is free.
 
     Args:
@@ -129,4 +145,4 @@ def run_directory(config: SimpleNamespace, input_size: tuple[int, ...], is_main:
     if problem:
         raise FileExistsError(
             f'{problem}. Choose another experiment=NAME, or remove the folder.')
-    return directory
+    return Path(directory)

@@ -1,22 +1,24 @@
 """The loaders of a run: timm's, with its augmentation and mixup"""
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_loader
 
-from dreal_timm.train.streams import check_shards, count_once, restart
+from dreal_timm.train.settings import TrainConfig
+from dreal_timm.train.streams import count_once, restart
 
-__all__ = ['augmentation', 'build_loader', 'build_mixup', 'count_images', 'mixes', 'set_epoch']
+__all__ = [
+    'augmentation', 'build_loader', 'build_mixup', 'count_images', 'kind_of', 'mixes', 'set_epoch', 'shared_arguments',
+]
 
 
-def mixes(config: SimpleNamespace) -> bool:
+def mixes(config: TrainConfig) -> bool:
     """Return whether mixup or cutmix is on, and with it soft targets."""
     return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
 
 
-def build_mixup(config: SimpleNamespace, num_classes: int) -> Any:
+def build_mixup(config: TrainConfig, num_classes: int) -> Any:
     """Create timm's mixup, for the loader (prefetcher) or for batches on the device; None where it is off.
 
     Raises:
@@ -47,7 +49,7 @@ def count_images(dataset: Any, processes: int) -> int:
     return len(dataset) * (processes if isinstance(dataset, torch.utils.data.IterableDataset) else 1)
 
 
-def augmentation(config: SimpleNamespace) -> dict[str, Any]:
+def augmentation(config: TrainConfig) -> dict[str, Any]:
     """Return the arguments of timm's training transform, less size, normalisation and interpolation."""
     return dict(
         no_aug=config.no_aug,
@@ -67,78 +69,52 @@ def augmentation(config: SimpleNamespace) -> dict[str, Any]:
     )
 
 
+def kind_of(config: TrainConfig) -> str:
+    """Return the kind of a data set: 'wds' of 'wds/NAME', '' of an image folder."""
+    return config.dataset.partition('/')[0].lower()
+
+
+def shared_arguments(
+        config: TrainConfig, preprocessing: Mapping[str, Any], device: torch.device, processes: int) -> dict[str, Any]:
+    """Return the arguments of `timm.data.create_loader` that training and validation share."""
+    return dict(
+        {key: preprocessing[key] for key in ('input_size', 'interpolation', 'mean', 'std')},
+        num_workers=config.workers,
+        pin_memory=config.pin_mem,
+        use_prefetcher=not config.no_prefetcher,
+        device=device,
+        distributed=processes > 1,
+        persistent_workers=False,
+    )
+
+
 def build_loader(
-        config: SimpleNamespace,
+        config: TrainConfig,
         dataset: Any,
-        data: Mapping[str, Any],
+        preprocessing: Mapping[str, Any],
         device: torch.device,
-        is_training: bool,
-        distributed: bool = False,
-        mixup: Any = None,
+        processes: int = 1,
 ) -> Any:
-    """Create timm's loader, with augmentation for training.
+    """Create timm's loader of images to validate on.
 
     Args:
         config: The configuration.
         dataset: The data set.
-        data: Preprocessing, from `data_config`.
+        preprocessing: What `data_config` returned.
         device: Device of the batches.
-        is_training: Whether it is for training.
-        distributed: Whether processes share the data set.
-        mixup: What `build_mixup` returned.
-
-    Raises:
-        ValueError: The training split has less than a batch, or a setting needs several processes.
+        processes: Number of processes that share the data set.
     """
-    kind, processes = config.dataset.partition('/')[0].lower(), torch.distributed.get_world_size() if distributed else 1
-    workers = config.workers
-    if not is_training and distributed and kind == 'wds':
+    kwargs = shared_arguments(config, preprocessing, device, processes)
+    if processes > 1 and kind_of(config) == 'wds':
         count_once(dataset)
-    if not is_training and distributed and kind == 'tfds':
-        workers = min(2, workers)  # as timm: a stream is cut evenly over workers, by repeating images
-    kwargs: dict[str, Any] = dict(
-        input_size=data['input_size'],
-        interpolation=data['interpolation'],
-        mean=data['mean'],
-        std=data['std'],
-        num_workers=workers,
-        pin_memory=config.pin_mem,
-        use_prefetcher=not config.no_prefetcher,
-        device=device,
-        distributed=distributed,
-        persistent_workers=False,
-    )
-    if not is_training:
-        batch_size = config.validation_batch_size or config.batch_size
-        crop = dict(crop_pct=data['crop_pct'], crop_mode=data['crop_mode'])
-        return create_loader(dataset, batch_size=batch_size, **crop, **kwargs)
-    if kind == 'wds':
-        check_shards(dataset, processes, workers)
-    images = count_images(dataset, processes) // processes
-    if images < config.batch_size:
-        raise ValueError(
-            f'batch_size: {config.batch_size} images a batch, but the training split has {images} for each process.')
-    if config.aug_repeats and not distributed:
-        raise ValueError('aug_repeats: repeats are shared out to several processes; there is one.')
-    if not config.no_aug and config.train_interpolation:
-        kwargs['interpolation'] = config.train_interpolation
-    loader = create_loader(
-        dataset,
-        batch_size=config.batch_size,
-        is_training=True,
-        worker_seeding=config.worker_seeding,
-        collate_fn=None if config.no_prefetcher else mixup,
-        num_aug_repeats=config.aug_repeats,
-        re_split=config.resplit,
-        **augmentation(config),
-        **kwargs,
-    )
-    if hasattr(loader.sampler, 'seed'):  # of several processes: timm leaves it at 0
-        loader.sampler.seed = config.seed
-    return loader
+    if processes > 1 and kind_of(config) == 'tfds':
+        kwargs['num_workers'] = min(2, config.workers)  # as timm: a stream is cut evenly, by repeating images
+    return create_loader(
+        dataset, batch_size=config.validation_batch_size or config.batch_size, crop_pct=preprocessing['crop_pct'],
+        crop_mode=preprocessing['crop_mode'], **kwargs)
 
 
-def set_epoch(config: SimpleNamespace, loader: Any, mixup: Any, epoch: int) -> None:
+def set_epoch(config: TrainConfig, loader: Any, mixup: Any, epoch: int) -> None:
     """Tell the loader of the epoch: its order, and whether it still mixes images."""
     if config.workers == 0:
         restart(loader.dataset, epoch)

@@ -2,11 +2,10 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,12 +18,14 @@ from torch import nn
 from dreal_timm.task import DrealTask
 from dreal_timm.train.checkpoint import Checkpoints, write_summary
 from dreal_timm.train.config import to_dict
+from dreal_timm.train.domains import Domain
 from dreal_timm.train.finite import FiniteWatch
 from dreal_timm.train.loaders import set_epoch
 from dreal_timm.train.lock import FolderLock
 from dreal_timm.train.progress import Meter, Progress
 from dreal_timm.train.record import Record
 from dreal_timm.train.resume import scheduler_state
+from dreal_timm.train.settings import TrainConfig
 from dreal_timm.train.trackers import track
 
 __all__ = ['Run', 'fit', 'train_one_epoch']
@@ -39,6 +40,7 @@ class Run:
     Attributes:
         config: The configuration, with the learning rate that is used.
         accelerator: Accelerate's accelerator.
+        domain: What it trains on.
         model: The plain network.
         data: Preprocessing of the images.
         task: The task that trains the network.
@@ -59,8 +61,9 @@ class Run:
         batch: Images and targets of the last step of an epoch.
         history: For each epoch so far 'epoch', 'lr', 'train', 'validation' and 'validation_ema'.
     """
-    config: SimpleNamespace
+    config: TrainConfig
     accelerator: Accelerator
+    domain: Domain
     model: Any
     data: dict[str, Any]
     task: TrainingTask
@@ -74,7 +77,7 @@ class Run:
     checkpoints: Checkpoints
     record: Record
     lock: FolderLock
-    resumed: bool
+    resumed: bool = False
     mixup: Any = None
     frozen_norms: Sequence[nn.Module] = ()
     start_epoch: int = 0
@@ -95,7 +98,7 @@ class Run:
     @property
     def lr(self) -> float:
         """Learning rate, the mean over the parameter groups as timm reports it."""
-        rates = [group['lr'] for group in self.optimizer.param_groups]
+        rates: list[float] = [group['lr'] for group in self.optimizer.param_groups]
         return sum(rates) / len(rates)
 
 
@@ -117,6 +120,30 @@ def _step(run: Run, input: torch.Tensor, target: torch.Tensor, accum_steps: int,
     return result
 
 
+def _begin(run: Run, epoch: int) -> dict[str, str]:
+    """Put the network into training mode; return the group of each attention site by its name."""
+    task = run.task
+    task.get_trainable_module().train()
+    for norm in run.frozen_norms:
+        norm.eval()
+    if not isinstance(task, DrealTask):
+        return {}
+    task.set_epoch(epoch)
+    return {site.name: group.name for group in task.groups for site in group.sites}
+
+
+def _batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of the training split on the device, mixed where the loader does not, in the layout of the run."""
+    config, device = run.config, run.accelerator.device
+    for input, target in run.train_loader:
+        input, target = input.to(device), target.to(device)
+        if run.mixup is not None and config.no_prefetcher:
+            input, target = run.mixup(input, target)
+        if config.channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        yield input, target
+
+
 def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     """Train for one epoch and return the means over it, those of all processes.
 
@@ -127,27 +154,15 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     Raises:
         FloatingPointError: A loss was not finite.
     """
-    accelerator, config, task, loader = run.accelerator, run.config, run.task, run.train_loader
-    task.get_trainable_module().train()
-    for norm in run.frozen_norms:
-        norm.eval()
-    groups = {}
-    if isinstance(task, DrealTask):
-        task.set_epoch(epoch)
-        groups = {site.name: group.name for group in task.groups for site in group.sites}
+    accelerator, config = run.accelerator, run.config
     # a step that the loss scaler of float16 skips halves its scale: 20 in a row are more than the scale has halves
-    meter, watch = Meter(groups), FiniteWatch(patience=1 if accelerator.scaler is None else 20)
+    meter, watch = Meter(_begin(run, epoch)), FiniteWatch(patience=1 if accelerator.scaler is None else 20)
     means, done = dict[str, float](), 0
-    steps, accum = len(loader), config.grad_accum_steps
+    steps, accum = len(run.train_loader), config.grad_accum_steps
     updates, last_group = epoch * run.updates_per_epoch, steps - steps % accum
     progress = Progress(epoch, run.epochs, steps, config.log_interval, enabled=accelerator.is_main_process)
     try:
-        for index, (input, target) in enumerate(loader):
-            input, target = input.to(accelerator.device), target.to(accelerator.device)
-            if run.mixup is not None and config.no_prefetcher:
-                input, target = run.mixup(input, target)
-            if config.channels_last:
-                input = input.contiguous(memory_format=torch.channels_last)
+        for index, (input, target) in enumerate(_batches(run)):
             update = (index + 1) % accum == 0 or index + 1 == steps
             if index % accum == 0:  # not after the update: timm's Lookahead looks for gradients when the epoch ends
                 run.optimizer.zero_grad()
@@ -158,7 +173,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
             watch.update(index, result)
             if update:
                 updates += 1
-                task.update_ema(step=updates)
+                run.task.update_ema(step=updates)
                 if run.scheduler is not None:
                     run.scheduler.step_update(num_updates=updates)
             if not progress.due(index):

@@ -1,8 +1,7 @@
-"""What a run exports when it has ended, and where `dreal.push_to` asks for it, to the Hugging Face Hub with its card"""
+"""What a run exports when it has ended, and with `dreal.hub.push_to` sends to the Hugging Face Hub with its card"""
 import logging
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 from dreal_timm.errors import WeightsError, one_line
@@ -10,8 +9,6 @@ from dreal_timm.hub import export_run, push
 from dreal_timm.hub.folder import SUMS, read_checksums
 from dreal_timm.hub.upload import CARD
 from dreal_timm.train.loop import Run
-from dreal_timm.train.reid import is_reid, measure_identities
-from dreal_timm.train.validate import measure_split
 
 __all__ = ['export_anew', 'publish']
 
@@ -94,19 +91,16 @@ def publish(run: Run) -> str:
     Returns:
         Address of the commit; empty after an error, which is logged with what to do.
     """
-    config, folder, repo = run.config, run.directory / 'hub', run.config.dreal.push_to
+    config, folder, repo = run.config, run.directory / 'hub', run.config.dreal.hub.push_to
     averaged = config.model_ema and not config.model_ema_force_cpu
     shared = run.accelerator.num_processes > 1 and config.dataset.partition('/')[0].lower() in _STREAMS
-    measured = None
-    if run.validate is not None and not shared:
-        measure = measure_identities if is_reid(config) else measure_split
-        measured = partial(measure, config=config, device=run.accelerator.device)
+    measure = None if run.validate is None or shared else run.domain.measure
     todo = f'dreal-timm export {run.directory} {folder}, then dreal-timm push {folder} {repo}'
     try:
         export_anew(folder, lambda new: export_run(
-            run.directory, new, 'ema' if averaged else 'raw', measure=measured))
+            run.directory, new, 'ema' if averaged else 'raw', measure=measure))
         todo = f'dreal-timm push {folder} {repo}'
-        return push(folder, repo, private=config.dreal.push_private).url
+        return push(folder, repo, private=config.dreal.hub.private).url
     except Exception as error:  # whatever it is, the training is done and on the disk
-        _logger.error(f'dreal.push_to: {one_line(error)} The run is whole; to try again: {todo}')
+        _logger.error(f'dreal.hub.push_to: {one_line(error)} The run is whole; to try again: {todo}')
         return ''

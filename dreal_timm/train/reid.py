@@ -3,10 +3,9 @@ import os
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from timm.data import create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
@@ -17,8 +16,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from dreal_timm.errors import nearest
-from dreal_timm.models.reid import ReidNetwork
-from dreal_timm.reid import PKSampler, ReidData, ReidImage, open_reid
+from dreal_timm.models.reid import backbone_of, drop_identities
+from dreal_timm.reid import IdentityLoss, PKSampler, ReidData, ReidImage, open_reid
 from dreal_timm.reid.evaluation import (
     check_answers,
     evaluate_features,
@@ -26,27 +25,21 @@ from dreal_timm.reid.evaluation import (
     extract_features,
     feature_loader,
     open_checked,
+    settings_of,
 )
 from dreal_timm.reid.images import ReidSet, check_images
 from dreal_timm.reid.layouts import LAYOUTS
+from dreal_timm.train.datasets import check_same_classes
 from dreal_timm.train.loaders import augmentation, mixes
+from dreal_timm.train.settings import TrainConfig
 
-__all__ = [
-    'METRICS', 'build_train_loader', 'build_validation', 'check_model', 'is_reid', 'measure_identities', 'open_data',
-    'read_all',
-]
+__all__ = ['Reidentification']
 
-METRICS = ('mAP', 'rank1', 'epoch')  # that epochs can be ranked by
 _PAD = 10 / 384  # of the height, on each side: 10 pixels of 384 x 128
 _ENLARGE = 1.125
 
 
-def is_reid(config: SimpleNamespace) -> bool:
-    """Return whether a recipe trains re-identification."""
-    return config.dreal.task == 'reid'
-
-
-def _check_settings(config: SimpleNamespace) -> None:
+def _check_settings(config: TrainConfig) -> None:
     """Raise a ValueError about a key that means nothing here."""
     for name, on in (
         ('mixup, cutmix', mixes(config)), ('bce_loss', config.bce_loss), ('aug_repeats', bool(config.aug_repeats)),
@@ -54,10 +47,10 @@ def _check_settings(config: SimpleNamespace) -> None:
     ):
         if on:
             raise ValueError(f'{name}: means nothing with dreal.task=reid.')
-    images = config.dreal.num_instances
+    images = config.dreal.reid.num_instances
     if config.batch_size % images:
         raise ValueError(
-            f'batch_size: {config.batch_size} is no number of identities times dreal.num_instances={images}.')
+            f'batch_size: {config.batch_size} is no number of identities times dreal.reid.num_instances={images}.')
 
 
 def _layout(name: str) -> str:
@@ -69,19 +62,14 @@ def _layout(name: str) -> str:
     return layout
 
 
-def open_data(config: SimpleNamespace) -> ReidData:
-    """Open the data set of a run, and let `num_classes` be the number of its identities.
-
-    Raises:
-        FileNotFoundError: It is missing.
-        ValueError: A setting means nothing here, the data set is broken, or nothing in it could be validated.
-    """
+def _open_data(config: TrainConfig) -> ReidData:
+    """Open the data set of a run, and let `num_classes` be the number of its identities."""
     _check_settings(config)
     if not config.data_dir:
         raise ValueError('data_dir: the recipe names no place of images; add data_dir=DIR.')
     data = open_reid(config.data_dir, _layout(config.dataset))
     if config.val_split:
-        check_answers(data, config.dreal.camera_rule)
+        check_answers(data, config.dreal.reid.camera_rule)
     check_images(_used(config, data))
     identities = len(data.identities())
     if config.num_classes not in (None, identities):
@@ -91,27 +79,13 @@ def open_data(config: SimpleNamespace) -> ReidData:
     return data
 
 
-def _used(config: SimpleNamespace, data: ReidData) -> list[ReidImage]:
+def _used(config: TrainConfig, data: ReidData) -> list[ReidImage]:
     return [*data.train, *(data.query + data.gallery if config.val_split else ())]
 
 
-def read_all(config: SimpleNamespace, data: ReidData, processes: int = 1) -> None:
-    """Read every image once, and raise a ValueError if one is broken: a run would find it after hours.
-
-    Args:
-        config: The configuration.
-        data: The data set.
-        processes: Number of the processes that do so on this machine.
-    """
+def _read_all(config: TrainConfig, data: ReidData, processes: int) -> None:
+    """Raise a ValueError if an image is broken, which a run would meet after hours."""
     check_images(_used(config, data), whole=True, workers=max(1, (os.cpu_count() or 1) // processes))
-
-
-def check_model(model: nn.Module, name: str) -> None:
-    """Raise a ValueError if a network is no embedding network."""
-    if not isinstance(model, ReidNetwork):
-        raise ValueError(
-            f"model: dreal.task=reid trains dreal_reid, got '{name}': set model=dreal_reid "
-            f'model_kwargs.backbone={name}.')
 
 
 def _crop(kind: str, size: tuple[int, int], interpolation: str) -> list[Any]:
@@ -138,96 +112,138 @@ class _Resize:
         return ' | '.join(map(repr, self.resizes))
 
 
-def _transform(config: SimpleNamespace, data: Mapping[str, Any]) -> Any:
+def _transform(config: TrainConfig, preprocessing: Mapping[str, Any]) -> Any:
     """timm's augmentation, with the crop of re-identification in place of its own."""
-    interpolation = config.train_interpolation or data['interpolation']
+    interpolation = config.train_interpolation or preprocessing['interpolation']
     kwargs: dict[str, Any] = dict(
-        input_size=data['input_size'], is_training=True, interpolation=interpolation, mean=data['mean'],
-        std=data['std'], use_prefetcher=not config.no_prefetcher, **augmentation(config))
+        {key: preprocessing[key] for key in ('input_size', 'mean', 'std')}, is_training=True,
+        interpolation=interpolation, use_prefetcher=not config.no_prefetcher, **augmentation(config))
     if config.no_aug:
         return create_transform(**kwargs)
     stages = create_transform(**kwargs, separate=True)
     primary, *others = [list(stage.transforms) for stage in stages]
-    if config.dreal.crop != 'timm':
-        primary[:1] = _crop(config.dreal.crop, tuple(data['input_size'][-2:]), interpolation)
+    if config.dreal.reid.crop != 'timm':
+        primary[:1] = _crop(config.dreal.reid.crop, tuple(preprocessing['input_size'][-2:]), interpolation)
     return transforms.Compose([*primary, *(step for stage in others for step in stage)])
 
 
-def build_train_loader(
-        config: SimpleNamespace,
-        images: ReidData,
-        data: Mapping[str, Any],
-        device: torch.device,
-        process: int = 0,
-        processes: int = 1,
-) -> Any:
-    """Return the loader of P x K batches; timm's own takes no batch sampler.
+class Reidentification:
+    """Identities, by images of several cameras; methods as of `Classification`.
 
     Args:
-        config: The configuration.
-        images: The data set.
-        data: Preprocessing, from `data_config`.
-        device: Device of the batches.
-        process: Number of this process.
-        processes: Number of processes.
+        config: The configuration; `num_classes` becomes the number of identities.
+        accelerator: Accelerate's accelerator.
 
     Raises:
-        ValueError: There are too few identities.
+        FileNotFoundError: The data set is missing.
+        ValueError: A setting means nothing here, the data set is broken, or nothing in it could be validated.
     """
-    labels = {pid: label for label, pid in enumerate(images.identities())}
-    dataset = ReidSet(images.train, labels, data['input_size'][0])
-    dataset.transform = _transform(config, data)
-    sampler = PKSampler(
-        dataset.labels, config.batch_size // config.dreal.num_instances, config.dreal.num_instances, config.seed,
-        process, processes)
-    loader: Any = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=config.pin_mem,
-        collate_fn=None if config.no_prefetcher else fast_collate)
-    if config.no_prefetcher:
-        return loader
-    return PrefetchLoader(
-        loader, mean=data['mean'], std=data['std'], channels=data['input_size'][0], device=device,
-        re_prob=config.reprob, re_mode=config.remode, re_count=config.recount,
-        re_num_splits=2 if config.resplit else 0)
+    metrics = ('mAP', 'rank1', 'epoch')  # that epochs can be ranked by
 
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        self.config = config
+        self.accelerator = accelerator
+        self.data = _open_data(config)  # before the network, which has as many outputs as there are identities
 
-def build_validation(
-        config: SimpleNamespace,
-        images: ReidData,
-        data: Mapping[str, Any],
-        accelerator: Accelerator,
-) -> Callable[[nn.Module], dict[str, float]]:
-    """Return what measures a network on queries and gallery; processes share the images out."""
-    known = [*images.query, *images.gallery]
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    share = -(-len(known) // processes)
-    own = [known[min(i * processes + rank, len(known) - 1)] for i in range(share)]
-    loader = feature_loader(
-        own, data, accelerator.device, config.validation_batch_size or config.batch_size, config.workers,
-        pin_memory=config.pin_mem, use_prefetcher=not config.no_prefetcher)
-    return partial(_validate, config, images, accelerator, loader)
+    def check_model(self, model: Any, preprocessing: Mapping[str, Any]) -> None:
+        """Raise a ValueError if the network is no embedding network."""
+        if backbone_of(model) is model:
+            raise ValueError(
+                f"model: dreal.task=reid trains dreal_reid, got '{self.config.model}': set model=dreal_reid "
+                f'model_kwargs.backbone={self.config.model}.')
 
+    def settle_classes(
+            self, model: Any, checkpoint: Mapping[str, Any] | None, path: Path | None) -> list[str] | None:
+        """Return the names of the identities; a new run reads every image once."""
+        names = self.data.identity_names()
+        if checkpoint is None or path is None:
+            _read_all(self.config, self.data, self.accelerator.num_processes)
+        else:
+            check_same_classes(names, checkpoint, path)
+        return names
 
-def _validate(
-        config: SimpleNamespace,
-        images: ReidData,
-        accelerator: Accelerator,
-        loader: Any,
-        model: nn.Module,
-) -> dict[str, float]:
-    features = extract_features(
-        unwrap_model(model), loader, accelerator.device, config.dreal.flip_test, accelerator.autocast,
-        config.channels_last)
-    if accelerator.num_processes > 1:
-        gathered = accelerator.gather(features).view(accelerator.num_processes, len(features), -1)
-        features = gathered.transpose(0, 1).flatten(0, 1)[:len(images.query) + len(images.gallery)]
-    query, gallery = features.split([len(images.query), len(images.gallery)])
-    return evaluate_features(query, gallery, images, config.dreal.dist_metric, config.dreal.camera_rule)
+    def count_images(self) -> tuple[int, int]:
+        """Return the numbers of images to train on, and of queries and gallery together."""
+        return len(self.data.train), len(self.data.query) + len(self.data.gallery) if self.config.val_split else 0
 
+    def criterion(self, model: Any) -> dict[str, Any]:
+        """Return the loss of identities."""
+        options = self.config.dreal.reid
+        loss = IdentityLoss(model, self.config.smoothing, options.margin, options.triplet_weight)
+        return {'criterion': loss.to(self.accelerator.device)}
 
-def measure_identities(network: nn.Module, config: SimpleNamespace, device: torch.device) -> dict[str, Any]:
-    """Evaluate a network on the data of a configuration, by this process alone, for the card of an export."""
-    return evaluate_network(
-        network, open_checked(config.data_dir, _layout(config.dataset), config.dreal.camera_rule),
-        config.dreal.dist_metric, config.dreal.camera_rule, config.dreal.flip_test, batch_size=config.batch_size,
-        workers=config.workers, device=device)[0]
+    def train_loader(self, preprocessing: Mapping[str, Any], mixup: Any) -> Any:
+        """Return the loader of P x K batches, which timm's own, without a batch sampler, does not make."""
+        config, images = self.config, self.config.dreal.reid.num_instances
+        labels = {pid: label for label, pid in enumerate(self.data.identities())}
+        dataset = ReidSet(self.data.train, labels, preprocessing['input_size'][0])
+        dataset.transform = _transform(config, preprocessing)
+        sampler = PKSampler(
+            dataset.labels, config.batch_size // images, images, config.seed, self.accelerator.process_index,
+            self.accelerator.num_processes)
+        loader: Any = DataLoader(
+            dataset, batch_sampler=sampler, num_workers=config.workers, pin_memory=config.pin_mem,
+            collate_fn=None if config.no_prefetcher else fast_collate)
+        if config.no_prefetcher:
+            return loader
+        return PrefetchLoader(
+            loader, mean=preprocessing['mean'], std=preprocessing['std'], channels=preprocessing['input_size'][0],
+            device=self.accelerator.device, re_prob=config.reprob, re_mode=config.remode, re_count=config.recount,
+            re_num_splits=2 if config.resplit else 0)
+
+    def validation(self, preprocessing: Mapping[str, Any]) -> Callable[[nn.Module], dict[str, float]] | None:
+        """Return what measures a network on queries and gallery; processes share the images out."""
+        config, accelerator = self.config, self.accelerator
+        if not config.val_split:
+            return None
+        known = [*self.data.query, *self.data.gallery]
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        share = -(-len(known) // processes)
+        own = [known[min(i * processes + rank, len(known) - 1)] for i in range(share)]
+        loader = feature_loader(
+            own, preprocessing, accelerator.device, config.validation_batch_size or config.batch_size, config.workers,
+            pin_memory=config.pin_mem, use_prefetcher=not config.no_prefetcher)
+        return partial(self._validate, loader)
+
+    def _validate(self, loader: Any, model: nn.Module) -> dict[str, float]:
+        options, accelerator = self.config.dreal.reid, self.accelerator
+        queries, images = len(self.data.query), len(self.data.query) + len(self.data.gallery)
+        features = extract_features(
+            unwrap_model(model), loader, accelerator.device, options.flip_test, accelerator.autocast,
+            self.config.channels_last)
+        if accelerator.num_processes > 1:
+            gathered = accelerator.gather(features).view(accelerator.num_processes, len(features), -1)
+            features = gathered.transpose(0, 1).flatten(0, 1)[:images]
+        return evaluate_features(
+            features[:queries], features[queries:], self.data, options.dist_metric, options.camera_rule)
+
+    def measure(self, network: nn.Module) -> dict[str, Any]:
+        """Evaluate a network on queries and gallery."""
+        config, options = self.config, self.config.dreal.reid
+        data = open_checked(config.data_dir or '', _layout(config.dataset), options.camera_rule)
+        return evaluate_network(
+            network, data, options.dist_metric, options.camera_rule, options.flip_test, batch_size=config.batch_size,
+            workers=config.workers, device=self.accelerator.device)[0]
+
+    def label_names(self, names: list[str] | None) -> list[str] | None:
+        """Return none: nobody else has these identities."""
+        return None
+
+    def drop_head(self, model: Any) -> None:
+        """Remove the classifier of identities."""
+        drop_identities(model)
+
+    @staticmethod
+    def sample_set(config: TrainConfig, channels: int) -> Any:
+        """Return the queries."""
+        return ReidSet(open_reid(config.data_dir or '', config.dataset.removeprefix('reid/')).query, channels=channels)
+
+    @staticmethod
+    def measure_export(network: nn.Module, source: str, **options: Any) -> dict[str, Any]:
+        """Evaluate a network by the settings of its run."""
+        if options['class_map'] or options['by_order']:
+            raise ValueError('An embedding network has no classes to name.')
+        settings = settings_of(source)
+        data = open_checked(
+            options['data_dir'], options['dataset'].removeprefix('reid/'), settings.get('camera_rule', 'exclude'))
+        return evaluate_network(network, data, **settings)[0]

@@ -3,7 +3,6 @@ import logging
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,8 +13,11 @@ from dreal_timm.hub.damage import check_damage
 from dreal_timm.hub.loading import read_checkpoint
 from dreal_timm.task import DrealTask
 from dreal_timm.train.checkpoint import LAST, kept_checkpoints
+from dreal_timm.train.settings import TrainConfig
 
-__all__ = ['is_last_of', 'load_checkpoint', 'restore', 'restore_scheduler', 'resume_path', 'scheduler_state']
+__all__ = [
+    'check_folder', 'is_last_of', 'load_checkpoint', 'restore', 'restore_scheduler', 'resume_path', 'scheduler_state',
+]
 
 
 _logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ def _problem(path: Path) -> str:
     return ''
 
 
-def resume_path(config: SimpleNamespace, directory: Path) -> Path | None:
+def resume_path(config: TrainConfig, directory: Path) -> Path | None:
     """Return the checkpoint that the recipe resumes from, or None to start anew; the first process alone calls this.
 
     'auto' is the last checkpoint of the folder; where there is none, the newest one that is whole.
@@ -75,14 +77,14 @@ def is_last_of(path: Path, directory: Path) -> bool:
     return path.name == LAST and path.resolve().parent == directory.resolve()
 
 
-def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
+def load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
     """Load a training checkpoint, of this package or of timm's train.py.
 
     Raises:
         ValueError: The file is broken, is no training checkpoint, or is of another model.
     """
     try:
-        checkpoint = read_checkpoint(path, checked=True)
+        checkpoint: dict[str, Any] = read_checkpoint(path, checked=True)
     except ValueError as error:
         raise ValueError(f'resume: {error}') from error
     keys = checkpoint if isinstance(checkpoint, dict) else {}
@@ -100,6 +102,17 @@ def load_checkpoint(path: Path, config: SimpleNamespace) -> dict[str, Any]:
     if opt not in (None, config.opt) and not config.no_resume_opt:  # PyTorch lets the state of another one pass
         raise ValueError(f"resume: '{path}' has the state of {opt}, but opt is {config.opt}; add no_resume_opt=true.")
     return checkpoint
+
+
+def check_folder(config: TrainConfig, path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the files beside a checkpoint are not ranked as this run ranks its own."""
+    problem = ''
+    if 'history' not in checkpoint:
+        problem = 'is not of this package'
+    elif any(checkpoint['args'][key] != getattr(config, key) for key in ('eval_metric', 'val_split')):
+        problem = 'ranked its epochs otherwise (eval_metric, val_split)'
+    if problem:
+        raise ValueError(f"resume: '{path}' {problem}: add experiment=NAME and resume={path} to go on in a new folder.")
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -1,31 +1,25 @@
 """Validation of any timm model, by name or from an exported folder"""
 import math
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.data import create_transform
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from dreal_timm.data.images import NO_LABEL
 from dreal_timm.data.opening import open_for
 from dreal_timm.hub import results
 from dreal_timm.hub.run import exported_folder, open_network
 from dreal_timm.models.dreal_resnet import timm_architecture
-from dreal_timm.models.reid import ReidNetwork
 from dreal_timm.provenance import preprocessing_of, versions, weights_digest
-from dreal_timm.reid.images import ReidSet
-from dreal_timm.reid.layouts import open_reid
 from dreal_timm.train import datasets, loaders
 from dreal_timm.train.config import load_config
 from dreal_timm.train.evaluate import evaluate
+from dreal_timm.train.settings import TrainConfig
 
-__all__ = ['describe', 'measure', 'measure_split', 'sample_images', 'validate']
+__all__ = ['describe', 'measure', 'measure_split', 'validate']
 
 
 def validate(
@@ -100,7 +94,7 @@ def measure(
 
 def measure_split(
         network: nn.Module,
-        config: SimpleNamespace,
+        config: TrainConfig,
         device: torch.device,
         by_order: bool = False,
 ) -> dict[str, Any]:
@@ -119,7 +113,7 @@ def measure_split(
     val_set, match = open_for(
         model, config.dataset, config.data_dir, config.val_split, by_order=by_order,
         **datasets.options(config, data['input_size'][0], is_training=False))
-    loader = loaders.build_loader(config, val_set, data, device, is_training=False)
+    loader = loaders.build_loader(config, val_set, data, device)
     digest = weights_digest(model.state_dict())
     metrics = evaluate(model.to(device).eval(), loader, device)
     if not math.isfinite(metrics['loss']):
@@ -144,42 +138,3 @@ def describe(found: Mapping[str, Any]) -> str:
     return (
         f"top-1 {found['top1']:.2f} %  top-5 {found['top5']:.2f} %  loss {found['loss']:.4f}  "
         f"({found['samples']:,} images{unread}{absent})")
-
-
-def sample_images(
-        network: nn.Module,
-        data_dir: str | Path,
-        dataset: str = '',
-        split: str = 'validation',
-        count: int = 64,
-) -> torch.Tensor:
-    """Return images of a split, spread over it evenly, or its first where it is a stream, as the network takes them.
-
-    Args:
-        network: A timm model, whose configuration names the preprocessing.
-        data_dir: Folder of the data set.
-        dataset: Kind and name of the data set as in a recipe; empty is an image folder.
-        split: The split; of an embedding network the queries are taken.
-        count: Number of the images; all where there are fewer.
-
-    Returns:
-        Images, (N, C, H, W).
-
-    Raises:
-        FileNotFoundError: The data is missing.
-    """
-    config = load_config(dict(data_dir=str(data_dir), dataset=dataset, val_split=split, workers=0))
-    found: Any
-    if isinstance(network, ReidNetwork):
-        data = datasets.data_config(config, network)
-        found = ReidSet(open_reid(data_dir, dataset.removeprefix('reid/')).query, channels=data['input_size'][0])
-    else:
-        data = datasets.data_config(config, network)
-        found = datasets.build_dataset(config, split, data['input_size'][0], False)
-    found.transform = create_transform(is_training=False, **preprocessing_of(data))
-    if hasattr(found, '__getitem__') and not isinstance(found, IterableDataset):
-        count = min(count, len(found))
-        rows = [found[i * len(found) // count] for i in range(count)]
-    else:
-        rows = list(islice(found, count))
-    return torch.stack([image for image, label, *_ in rows if label != NO_LABEL])

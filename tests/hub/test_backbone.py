@@ -203,20 +203,20 @@ def test_what_is_no_backbone(files, tmp_path):
 
 
 def test_recipe_keys(plain, files, tmp_path, caplog):
-    """dreal.backbone and dreal.gates start a run's network; other weights beside them are an error."""
+    """dreal.start.backbone and dreal.start.gates start a run's network; other weights beside them are an error."""
     images = write_images(tmp_path / 'images')
     values = recipe(
         images, tmp_path, model='dreal_cbam_resnet18', input_size=[3, 32, 32], model_kwargs={},
-        mean=[0.4] * 3, std=[0.3] * 3, dreal={'backbone': str(files / 'weights.pth'), 'gates': 'open'})
+        mean=[0.4] * 3, std=[0.3] * 3, dreal={'start': {'backbone': str(files / 'weights.pth'), 'gates': 'open'}})
     with caplog.at_level('INFO'):
         model = build_model(load_config(values))
     assert torch.equal(model.layer3[0].conv1.weight, plain.layer3[0].conv1.weight)
     assert model.layer3[0].se.channel.fc2.bias.unique().tolist() == [2.0]
     assert 'tensors loaded' in caplog.text
     for other in ({'pretrained': True}, {'initial_checkpoint': str(files / 'weights.pth')}):
-        with pytest.raises(ValueError, match=r'dreal\.backbone, dreal\.gates'):
+        with pytest.raises(ValueError, match=r'dreal\.start\.backbone, dreal\.start\.gates'):
             build_model(load_config({**values, **other}))
-    del values['dreal']['backbone']
+    del values['dreal']['start']['backbone']
     assert build_model(load_config(values)).layer3[0].se.channel.fc2.bias.unique().tolist() == [2.0]
 
 
@@ -226,7 +226,7 @@ def test_a_run_from_a_backbone(files, tmp_path):
     images = write_images(tmp_path / 'images')
     results = run(recipe(
         images, tmp_path, model='dreal_se_resnet18', model_kwargs={}, epochs=1,
-        dreal={'backbone': str(files / 'exported'), 'gates': 'open'}))
+        dreal={'start': {'backbone': str(files / 'exported'), 'gates': 'open'}}))
     model = timm.create_model(f"local-dir:{results['model']}", pretrained=True)
     assert model.num_classes == 3
     shutil.rmtree(results['directory'])

@@ -143,7 +143,8 @@ def test_half_is_measured(runs, images, tmp_path):
     ({'training': None}, 'no training settings'),
     ({'training': {'lr': 9}}, 'trained with lr 9'),
     ({'training': {'dreal': {'enabled': True}}}, 'reinforced too'),
-    ({'training': {'dreal': {'enabled': False, 'gates': 'open'}}}, r"trained with dreal.gates 'open', and not 'fresh'"),
+    ({'training': {'dreal': {'enabled': False, 'start': {'gates': 'open'}}}},
+     r"trained with dreal.start.gates 'open', and not 'fresh'"),
 ])
 def test_what_is_no_control(results, change, message):
     """A control was measured on the same images and trained with the same settings, plainly."""
@@ -258,7 +259,7 @@ def told_card(folder, text):
         (training / name).write_text(json.dumps(value))
     (training / 'args.yaml').write_text(yaml.safe_dump({
         'dataset': text, 'opt': text, 'aa': text, 'lr': [text], 'sched': {text: text},
-        'dreal': {'probe': text, 'backbone': text}}))
+        'dreal': {'probe': text, 'start': {'backbone': text}}}))
     config = json.loads((folder / 'config.json').read_text())
     config['pretrained_cfg']['license'] = text
     (folder / 'config.json').write_text(json.dumps(config))

@@ -57,7 +57,8 @@ def test_training_starts_from_the_hub(hub, published, tmp_path):
     ('dreal_se_resnet50', {}, ('dreal_se_resnet50', 'timm/seresnet50.ra2_in1k', 'model.safetensors')),
     (f'hf-hub:{NAME}', {}, (NAME, 'config.json')),
     (f'hf-hub:{NAME}', {'pretrained': False}, (NAME, 'config.json')),
-    ('dreal_cbam_resnet50', {'pretrained': False, 'dreal': {'backbone': 'resnet10t'}}, ('timm/resnet10t.c3_in1k',)),
+    ('dreal_cbam_resnet50', {'pretrained': False, 'dreal': {'start': {'backbone': 'resnet10t'}}},
+     ('timm/resnet10t.c3_in1k',)),
 ])
 def test_one_request_decides(hub, published, tmp_path, model, others, named):
     """A Hub that does not answer is asked once, and not by each retry of the client; the error names what it wanted."""

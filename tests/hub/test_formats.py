@@ -12,7 +12,7 @@ from torch import nn
 import dreal_timm.hub.formats as formats
 from dreal_timm.cli import main
 from dreal_timm.hub import export, export_format, read_network
-from dreal_timm.train.validate import sample_images
+from dreal_timm.train.domains import sample_images
 
 OLD = tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 6)
 needs_onnx = pytest.mark.skipif(

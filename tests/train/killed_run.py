@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import dreal_timm.train.checkpoint as checkpoint
+import dreal_timm.train.classification as classification
 import dreal_timm.train.loop as loop
-import dreal_timm.train.runner as runner
 from dreal_timm.train import run
 
 
@@ -55,8 +55,8 @@ def die_in_write(number: int) -> None:
 
 PLACES = {
     'step': lambda: die_at_call(loop, '_step', 3),
-    'validation': lambda: die_at_call(runner, 'evaluate', 1),
-    'validation of the average': lambda: die_at_call(runner, 'evaluate', 2, after=True),
+    'validation': lambda: die_at_call(classification, 'evaluate', 1),
+    'validation of the average': lambda: die_at_call(classification, 'evaluate', 2, after=True),
     'half a write': lambda: die_in_write(1),
     'before last is replaced': lambda: die_at_call(checkpoint.os, 'replace', 3),
     'after last is replaced': lambda: die_at_call(checkpoint.Checkpoints, '_copy', 1),

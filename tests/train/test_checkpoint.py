@@ -24,7 +24,7 @@ from dreal_timm.hub.loading import load, read_checkpoint
 from dreal_timm.train import load_config, run
 from dreal_timm.train.checkpoint import BEST, LAST, Checkpoints, write_summary
 from dreal_timm.train.publish import export_anew
-from dreal_timm.train.runner import set_up
+from dreal_timm.train.setup import set_up
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -446,7 +446,7 @@ def test_a_damaged_checkpoint_is_read_by_nothing(images, stopped, tmp_path, dama
     last = str(paths[0])
     for values in (
         {'resume': 'auto'}, {'resume': last, 'experiment': 'new'}, {'initial_checkpoint': last, 'experiment': 'new'},
-        {'dreal': {'backbone': last}, 'experiment': 'new'}, {'pretrained_path': last, 'experiment': 'new'},
+        {'dreal': {'start': {'backbone': last}}, 'experiment': 'new'}, {'pretrained_path': last, 'experiment': 'new'},
     ):
         with pytest.raises(WeightsError, match='CRC'):
             run(recipe(images, tmp_path, **values))

@@ -3,9 +3,10 @@ import json
 import pytest
 import yaml
 
+from dreal_timm.config import DrealConfig
 from dreal_timm.train import find_recipe, list_recipes, load_config
 from dreal_timm.train.config import to_dict
-from dreal_timm.train.settings import DREAL_KEYS, KEYS, NOT_SUPPORTED
+from dreal_timm.train.settings import NOT_SUPPORTED, dotted_options
 
 TIMM_DEFAULTS = {  # of timm's train.py, as its parser gives them
     'data_dir': None, 'dataset': '', 'train_split': 'train', 'val_split': 'validation', 'train_num_samples': None,
@@ -35,13 +36,14 @@ TIMM_DEFAULTS = {  # of timm's train.py, as its parser gives them
     'workers': 4, 'pin_mem': False, 'no_prefetcher': False, 'output': '', 'experiment': '', 'eval_metric': 'top1',
 }
 DREAL_DEFAULTS = {
-    'task': 'classification', 'enabled': True, 'freeze': '', 'backbone': '', 'gates': 'fresh', 'gamma': 1.0,
-    'actor_weight': 0.1, 'probe': 'split', 'probe_every': 1,
-    'taylor_target': None, 'rotate': 'epoch',
+    'gamma': 1.0, 'actor_weight': 0.1, 'probe': 'split', 'probe_every': 1, 'taylor_target': None, 'rotate': 'epoch',
     'reward_clip': 1.0, 'probe_dtype': None, 'seed': None, 'critic_cell': 'lstm', 'critic_hidden_size': 1,
-    'critic_depth': 1,
-    'num_instances': 8, 'crop': 'pad', 'margin': 0.5, 'triplet_weight': 1.0, 'dist_metric': 'cosine',
-    'camera_rule': 'exclude', 'flip_test': True, 'push_to': '', 'push_private': False,
+    'critic_depth': 1, 'enabled': True, 'task': 'classification',
+    'reid': {
+        'num_instances': 8, 'crop': 'pad', 'margin': 0.5, 'triplet_weight': 1.0, 'dist_metric': 'cosine',
+        'camera_rule': 'exclude', 'flip_test': True},
+    'start': {'backbone': '', 'gates': 'fresh', 'freeze': ''},
+    'hub': {'push_to': '', 'private': False},
 }
 
 
@@ -125,6 +127,9 @@ def test_reward_clip_may_be_null():
     ({'dreal': {'gamma': 'x'}}, 'dreal.gamma: expected a number'),
     ({'dreal': {'rotate': 'never'}}, "dreal.rotate: expected 'epoch', 'step' or a whole number"),
     ({'dreal': 3}, 'dreal: expected a mapping'),
+    ({'dreal': {'reid': 3}}, 'dreal.reid: expected a mapping'),
+    ({'dreal': {'reid': {'margin': -1}}}, 'dreal.reid.margin: must be 0 or more'),
+    ({'dreal': {'start': {'gate': 'open'}}}, r"Unknown key 'dreal.start.gate' \(did you mean 'gates'\?\)"),
     ({'hflip': 5}, 'hflip: must be 1 or less'),
     ({'scale': 0.5}, 'scale: expected 2 values'),
     ({'interpolation': 'foo'}, "interpolation: expected one of .*'bicubic'"),
@@ -242,8 +247,48 @@ def test_configuration_round_trip(tmp_path):
     assert to_dict(load_config(path)) == to_dict(config)
 
 
-def test_keys_are_documented_once():
-    """Every key has a meaning, and no name stands twice."""
-    for keys in (KEYS, DREAL_KEYS):
-        assert all(key.help for key in keys)
-        assert len({key.name for key in keys}) == len(keys)
+def test_keys_are_documented():
+    """Every key has a meaning."""
+    assert all(key.help for key in dotted_options().values())
+
+
+def test_the_keys_are_these():
+    """A key that comes or goes is a change for users, to be made here too: timm's, and DREAL's by its blocks."""
+    own = {
+        'ddp_timeout', 'decay_epochs', 'device', 'log_kwargs', 'log_with', 'lr_decay_fn', 'lr_stable_timescale',
+        'model', 'save_epochs', 'stop_epoch'}
+    dreal = {f'dreal.{name}' for name, value in DREAL_DEFAULTS.items() if not isinstance(value, dict)}
+    blocks = {
+        f'dreal.{block}.{name}' for block, values in DREAL_DEFAULTS.items() if isinstance(values, dict)
+        for name in values}
+    assert sorted(dotted_options()) == sorted(TIMM_DEFAULTS.keys() | own | dreal | blocks)
+
+
+@pytest.mark.parametrize(('name', 'place'), [
+    ('margin', 'dreal.reid.margin'), ('camera_rule', 'dreal.reid.camera_rule'), ('backbone', 'dreal.start.backbone'),
+    ('gates', 'dreal.start.gates'), ('freeze', 'dreal.start.freeze'), ('push_to', 'dreal.hub.push_to'),
+    ('push_private', 'dreal.hub.private'),
+])
+def test_keys_that_moved(name, place):
+    """A key of `dreal:` at its place before is an error that says where it is now, as a setting too, and empty."""
+    for values, settings in (({'dreal': {name: None}}, ()), ({}, [f'dreal.{name}=x']), ({}, [f'dreal.{name}='])):
+        with pytest.raises(ValueError, match=rf"^Key 'dreal\.{name}' moved to {place}\.$"):
+            load_config(values, settings)
+
+
+@pytest.mark.parametrize('name', [
+    'reward_form', 'reward_standardized', 'wrong_samples', 'critic_standardized', 'taylor_sites', 'actor',
+    'actor_start', 'actor_share'])
+def test_keys_that_left(name):
+    """An option of the study in a recipe is an error that says where the study is."""
+    with pytest.raises(ValueError, match=rf"^Key 'dreal\.{name}' left the product; benchmarks/study has it\.$"):
+        load_config({'dreal': {name: 'x'}})
+
+
+def test_options_that_contradict():
+    """Options of the task that contradict each other are an error of the recipe."""
+    with pytest.raises(ValueError, match='gamma must lie in'):
+        load_config({'dreal': {'gamma': 2.0}})
+    assert load_config({'dreal': {'gamma': 2.0, 'reward_clip': None}}).dreal.of_task(3) == DrealConfig(
+        gamma=2.0, reward_clip=None, seed=3)
+    assert load_config({'dreal': {'seed': 0}}).dreal.of_task(3).seed == 0

@@ -11,9 +11,9 @@ from small_run import recipe, write_images
 
 from dreal_timm.cli import main
 from dreal_timm.errors import one_line
-from dreal_timm.train import load_config, loop, run, runner
+from dreal_timm.train import classification, load_config, loop, run
 from dreal_timm.train.finite import FiniteWatch
-from dreal_timm.train.runner import set_up
+from dreal_timm.train.setup import set_up
 
 
 def train(tmp_path, capsys, settings):
@@ -83,7 +83,7 @@ def test_a_label_out_of_range(tmp_path, capsys, workers):
 
 def test_a_label_that_only_the_images_show(images, tmp_path, capsys, monkeypatch):
     """Where the data set tells no class names, the first wrong label stops the run in a line."""
-    monkeypatch.setattr('dreal_timm.train.datasets.class_names', lambda dataset: None)
+    monkeypatch.setattr('dreal_timm.train.classification.class_names', lambda dataset: None)
     for workers in (0, 2):
         settings = recipe(images, tmp_path, num_classes=2, workers=workers, experiment=f'run{workers}')
         code, said = train(tmp_path, capsys, settings)
@@ -95,7 +95,8 @@ def test_a_checkpoint_with_more_than_tensors(images, tmp_path, capsys):
     """A number of numpy among the tensors is named, without the page that PyTorch prints, by every way to load it."""
     path = tmp_path / 'other.pth'
     torch.save({'state_dict': {}, 'optimizer': {}, 'epoch': np.float64(3.0)}, path)
-    for values in ({'initial_checkpoint': str(path)}, {'resume': str(path)}, {'dreal': {'backbone': str(path)}}):
+    start = {'dreal': {'start': {'backbone': str(path)}}}
+    for values in ({'initial_checkpoint': str(path)}, {'resume': str(path)}, start):
         code, said = train(tmp_path, capsys, recipe(images, tmp_path, **values))
         last = said.splitlines()[-1]
         assert code == 2
@@ -210,7 +211,7 @@ def test_weights_that_the_last_step_broke(images, tmp_path, values):
 
 def test_a_validation_that_is_not_finite(images, tmp_path, monkeypatch):
     """Weights that break in the last step of an epoch are found by the validation, and not saved."""
-    monkeypatch.setattr(runner, 'evaluate',
+    monkeypatch.setattr(classification, 'evaluate',
         lambda *args, **kwargs: {'loss': float('nan'), 'top1': 0.0, 'top5': 0.0, 'samples': 12})
     with pytest.raises(FloatingPointError, match='epoch 1: the loss of the validation is nan'):
         run(recipe(images, tmp_path))

@@ -537,7 +537,7 @@ def test_identities(tmp_path, model_ema):
     values = recipe(people, tmp_path, **{
         'model': 'dreal_reid', 'model_kwargs': {'backbone': 'test_resnet', 'backbone_args': SE}, 'num_classes': None,
         'input_size': [3, 32, 16], 'mean': [0.5] * 3, 'std': [0.25] * 3, 'eval_metric': 'mAP', 'epochs': 2,
-        'model_ema': model_ema, 'model_ema_decay': 0.5, 'dreal': {'task': 'reid', 'num_instances': 4}})
+        'model_ema': model_ema, 'model_ema_decay': 0.5, 'dreal': {'task': 'reid', 'reid': {'num_instances': 4}}})
     first, second = together(tmp_path / 'results', _run_and_tell, values, False)
     _assert_same(first['weights'], second['weights'])
     assert first['results'] == second['results']

@@ -1,4 +1,4 @@
-"""`dreal.push_to`: checked before the training, sent after it, and no failure of it harms the run"""
+"""`dreal.hub.push_to`: checked before the training, sent after it, and no failure of it harms the run"""
 import json
 import shutil
 
@@ -20,13 +20,12 @@ pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 
 
 def with_push(images, output, **values):
-    dreal = {'push_to': NAME, **values.pop('dreal', {})}
-    return recipe(images, output, epochs=1, dreal=dreal, **values)
+    return recipe(images, output, epochs=1, dreal={'hub': {'push_to': NAME, 'private': True}}, **values)
 
 
 def test_a_run_sends_its_network(hub, images, tmp_path):
     """The repository holds the best epoch's moving average, and a card with the accuracy that validate measures."""
-    values = with_push(images, tmp_path, model_ema=True, model_ema_decay=0.5, dreal={'push_private': True})
+    values = with_push(images, tmp_path, model_ema=True, model_ema_decay=0.5)
     results = run(values)
     assert results['pushed'].startswith(f'{hub.url}/{NAME}/commit/')
     assert hub.repositories[NAME].private
@@ -90,7 +89,7 @@ def test_checked_before_the_training(hub, images, tmp_path, monkeypatch, change,
     """What would make the push fail is told before anything is written or asked."""
     values = with_push(images, tmp_path / 'out')
     if change == 'name':
-        values['dreal']['push_to'] = 'network'
+        values['dreal']['hub']['push_to'] = 'network'
     elif change == 'token':
         monkeypatch.setattr('dreal_timm.hub.upload.get_token', lambda: None)
     else:

@@ -10,11 +10,13 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from dreal_timm import DrealTask, find_sites
+from dreal_timm.hub.results import flat_settings
 from dreal_timm.probes.exact import ExactProbe
 from dreal_timm.train import find_recipe, list_recipes, load_config
 from dreal_timm.train.config import to_dict
 from dreal_timm.train.loop import train_one_epoch
-from dreal_timm.train.runner import run, set_up
+from dreal_timm.train.runner import run
+from dreal_timm.train.setup import set_up
 
 COMMON = {'device_modules': ['dreal_timm']}
 SMALL = COMMON | {
@@ -83,9 +85,10 @@ IMAGENET = ('imagenet_resnet50', 'imagenet_resnet101')
 OF_THE_PAPER = {'actor_weight': 1.0, 'probe': 'exact', 'reward_clip': None}
 DREAL = {
     'finetune': {'rotate': 'step'},
-    'reid_market1501': OF_THE_PAPER | {'task': 'reid', 'backbone': 'resnet50.tv_in1k'},
-    'reid_custom': {'task': 'reid', 'backbone': 'resnet50.a1_in1k', 'gates': 'open', 'num_instances': 4},
-    'reid_glyphs': {'task': 'reid', 'actor_weight': 1.0, 'flip_test': False},
+    'reid_market1501': OF_THE_PAPER | {'task': 'reid', 'start.backbone': 'resnet50.tv_in1k'},
+    'reid_custom': {
+        'task': 'reid', 'start.backbone': 'resnet50.a1_in1k', 'start.gates': 'open', 'reid.num_instances': 4},
+    'reid_glyphs': {'task': 'reid', 'actor_weight': 1.0, 'reid.flip_test': False},
     **{name: OF_THE_PAPER for name in (*IMAGENET, 'imagenet_streaming')},
 }
 
@@ -93,12 +96,11 @@ DREAL = {
 @pytest.mark.parametrize('name', sorted(list_recipes()))
 def test_effective_values(name):
     """Each recipe sets what is pinned here, and leaves all else at timm's defaults, and DREAL's."""
-    values, defaults = to_dict(load_config(name)), to_dict(load_config({}))
-    dreal, dreal_defaults = values.pop('dreal'), defaults.pop('dreal')
-    for key, value in {**values, **{f'dreal.{key}': value for key, value in dreal.items()}}.items():
+    values, defaults = flat_settings(to_dict(load_config(name))), flat_settings(to_dict(load_config({})))
+    for key, value in values.items():
         print(f'{name}  {key} = {value!r}')
-    assert {key: value for key, value in values.items() if value != defaults[key]} == EFFECTIVE[name]
-    assert {key: value for key, value in dreal.items() if value != dreal_defaults[key]} == DREAL.get(name, {})
+    own = {f'dreal.{key}': value for key, value in DREAL.get(name, {}).items()}
+    assert {key: value for key, value in values.items() if value != defaults[key]} == EFFECTIVE[name] | own
 
 
 @pytest.mark.parametrize('name', sorted(list_recipes()))
@@ -177,7 +179,7 @@ def test_the_finetune_recipe_trains(photos, tmp_path, freeze):
     torch.save(pretrained.state_dict(), tmp_path / 'weights.pth')
     state = set_up(load_config('finetune', small(
         photos, tmp_path, 'model=dreal_se_resnet18', 'num_classes=3', f'pretrained_path={tmp_path}/weights.pth',
-        'input_size=[3,64,64]', f'dreal.freeze={freeze}',
+        'input_size=[3,64,64]', f'dreal.start.freeze={freeze}',
     )))
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     assert torch.equal(before['layer3.1.conv2.weight'], pretrained.state_dict()['layer3.1.conv2.weight'])
@@ -210,7 +212,7 @@ def test_the_protocol_of_reid(tmp_path, variant):
         'bounding_box_train': [(pid, 1, 2) for pid in range(2, 20)], 'query': [(1, 1, 1)],
         'bounding_box_test': [(1, 2, 1)]})
     state = set_up(load_config('reid_market1501', (
-        f'data_dir={people}', 'workers=0', 'pin_mem=false', 'device=cpu', f'output={tmp_path}', 'dreal.backbone=',
+        f'data_dir={people}', 'workers=0', 'pin_mem=false', 'device=cpu', f'output={tmp_path}', 'dreal.start.backbone=',
         *VARIANTS[variant])))
     head = f'# {variant}' if variant != 'baseline' else 'model_kwargs.backbone=resnet50   # baseline'
     assert head in find_recipe('reid_market1501').read_text(encoding='utf-8')  # as the recipe tells its user
@@ -247,8 +249,8 @@ def test_the_reid_recipes_train(tmp_path, name):
     """The other recipes of re-identification train an epoch on a small set and a small network."""
     people = market(tmp_path / 'data')
     results = run(name, (
-        f'data_dir={people}', 'batch_size=8', 'dreal.num_instances=4', 'workers=0', 'device=cpu', 'epochs=1',
-        f'output={tmp_path}', 'dreal.backbone=', 'warmup_epochs=0', 'input_size=[3,32,16]', 'mean=[0.5,0.5,0.5]',
+        f'data_dir={people}', 'batch_size=8', 'dreal.reid.num_instances=4', 'workers=0', 'device=cpu', 'epochs=1',
+        f'output={tmp_path}', 'dreal.start.backbone=', 'warmup_epochs=0', 'input_size=[3,32,16]', 'mean=[0.5,0.5,0.5]',
         'std=[0.2,0.2,0.2]',
         "model_kwargs={'backbone': 'test_resnet', 'backbone_args': {'block_args': {'attn_layer': 'se'}}}",
     ))

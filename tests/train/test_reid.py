@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import random
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -17,10 +18,11 @@ from dreal_timm import DrealTask
 from dreal_timm.cli import main
 from dreal_timm.hub import export_run, load
 from dreal_timm.reid import IdentityLoss, evaluate_reid, open_reid
-from dreal_timm.train import load_config, run, runner
+from dreal_timm.train import load_config, run
 from dreal_timm.train.loop import fit
-from dreal_timm.train.reid import build_train_loader
-from dreal_timm.train.runner import describe, set_up
+from dreal_timm.train.reid import Reidentification
+from dreal_timm.train.runner import describe
+from dreal_timm.train.setup import set_up
 
 
 def reid(people, output, dreal=None, **values):
@@ -29,7 +31,7 @@ def reid(people, output, dreal=None, **values):
     return recipe(people, output, **{
         'model': 'dreal_reid', 'model_kwargs': network, 'num_classes': None, 'input_size': [3, 32, 16],
         'mean': [0.5] * 3, 'std': [0.25] * 3, 'opt': 'adam', 'lr': 1e-3, 'eval_metric': 'mAP', 'batch_size': 8,
-        'hflip': 0.5, **values, 'dreal': {'task': 'reid', 'num_instances': 4, **(dreal or {})}})
+        'hflip': 0.5, **values, 'dreal': {'task': 'reid', 'reid': {'num_instances': 4}, **(dreal or {})}})
 
 
 @pytest.fixture(scope='module')
@@ -159,7 +161,8 @@ def loader(people, process=0, processes=1, **values):
     config = load_config(reid(people, '', **values))
     data = {
         'input_size': (3, 32, 16), 'mean': (0.5,) * 3, 'std': (0.25,) * 3, 'interpolation': 'bilinear'}
-    return build_train_loader(config, open_reid(people), data, torch.device('cpu'), process, processes)
+    place = SimpleNamespace(device=torch.device('cpu'), process_index=process, num_processes=processes)
+    return Reidentification(config, place).train_loader(data, None)
 
 
 @pytest.mark.parametrize('prefetch', [True, False])
@@ -191,7 +194,8 @@ def test_batches(people, prefetch):
 ])
 def test_crops(people, crop, said):
     """The crop is one of three, and flip, colour and all else stay those of timm's keys."""
-    transform = str(loader(people, dreal={'crop': crop}, scale=[0.5, 1.0], color_jitter=0.3).dataset.transform)
+    options = {'reid': {'num_instances': 4, 'crop': crop}}
+    transform = str(loader(people, dreal=options, scale=[0.5, 1.0], color_jitter=0.3).dataset.transform)
     places = [transform.find(part) for part in [*said, 'ColorJitter(brightness=(0.7']]
     assert -1 not in places and places == sorted(places), transform
 
@@ -241,7 +245,7 @@ def test_the_last_epoch(people, tmp_path):
 
 def test_frozen_backbone(people, tmp_path):
     """freeze: backbone trains attention modules, neck and classifier; the neck's bias stays 0."""
-    state = set_up(load_config(reid(people, tmp_path, {'freeze': 'backbone'}, epochs=1)))
+    state = set_up(load_config(reid(people, tmp_path, {'start': {'freeze': 'backbone'}}, epochs=1)))
     state.directory.mkdir(parents=True)
     before = copied(state.model)
     fit(state)
@@ -252,14 +256,14 @@ def test_frozen_backbone(people, tmp_path):
 
 
 def test_warm_start(people, tmp_path, caplog):
-    """dreal.backbone starts the backbone alone, with fresh attention, and lists what has no place."""
+    """dreal.start.backbone starts the backbone alone, with fresh attention, and lists what has no place."""
     torch.manual_seed(1)
     plain = timm.create_model('test_resnet', num_classes=10)
     weights = plain.state_dict()
     weights |= {f'stray{i}': torch.zeros(1) for i in range(5)}
     torch.save(weights, tmp_path / 'plain.pth')
     with caplog.at_level(logging.INFO):
-        state = set_up(load_config(reid(people, tmp_path, {'backbone': str(tmp_path / 'plain.pth')})))
+        state = set_up(load_config(reid(people, tmp_path, {'start': {'backbone': str(tmp_path / 'plain.pth')}})))
     own = state.model.backbone.state_dict()
     assert all('.se.' in name or torch.equal(value, weights[name]) for name, value in own.items())
     assert any('stray4' in record.getMessage() and 'fc.weight' in record.getMessage() for record in caplog.records)
@@ -343,7 +347,7 @@ def one_identity(root):
     (market, {'eval_metric': 'top1'}, "eval_metric: with dreal.task=reid one of mAP, rank1, epoch, got 'top1'"),
     (market, {'mixup': 0.2}, 'mixup, cutmix: means nothing with dreal.task=reid'),
     (market, {'bce_loss': True}, 'bce_loss: means nothing'),
-    (market, {'batch_size': 6}, 'batch_size: 6 is no number of identities times dreal.num_instances=4'),
+    (market, {'batch_size': 6}, 'batch_size: 6 is no number of identities times dreal.reid.num_instances=4'),
     (market, {'num_classes': 7}, 'num_classes: 7, but there are 3 identities'),
     (market, {'dataset': 'reid/market'}, "did you mean 'reid/market1501'"),
     (market, {'model': 'test_resnet', 'model_kwargs': SE}, 'set model=dreal_reid model_kwargs.backbone=test_resnet'),
@@ -392,7 +396,7 @@ def test_an_image_that_breaks_while_it_trains(tmp_path, capsys, workers, monkeyp
         for image in (people / 'bounding_box_train').glob('0010*.jpg'):
             image.write_bytes(image.read_bytes()[:-200])
 
-    monkeypatch.setattr(runner.reid, 'read_all', broken)
+    monkeypatch.setattr('dreal_timm.train.reid._read_all', broken)
     assert main(['train', str(path)]) == 2
     assert '0010_c' in capsys.readouterr().err.splitlines()[-1]
 
@@ -418,16 +422,16 @@ def test_keys_that_reach_the_backbone(people, tmp_path):
     assert not model.fc.weight.any()
     with pytest.raises(ValueError, match='head_init_bias: the classifier has no bias'):
         set_up(load_config(reid(people, tmp_path, head_init_bias=0.1)))
-    with pytest.raises(ValueError, match=r'pretrained: dreal_reid has no weights.*dreal\.backbone'):
+    with pytest.raises(ValueError, match=r'pretrained: dreal_reid has no weights.*dreal\.start\.backbone'):
         set_up(load_config(reid(people, tmp_path, pretrained=True)))
 
 
 @pytest.mark.parametrize('kind', ['model.safetensors', 'model_best.pth.tar'])
 def test_warm_start_from_an_embedding_network(finished, people, tmp_path, kind):
-    """dreal.backbone takes an embedding network of one's own too: the backbone inside of it is the network."""
+    """dreal.start.backbone takes an embedding network of one's own too: the backbone inside of it is the network."""
     _, directory = finished
     path = directory / kind if 'best' in kind else directory / 'model' / kind
-    model = set_up(load_config(reid(people, tmp_path, {'backbone': str(path)}))).model
+    model = set_up(load_config(reid(people, tmp_path, {'start': {'backbone': str(path)}}))).model
     exported = load(str(directory / 'model')).state_dict()
     assert torch.equal(model.backbone.conv1[0].weight, exported['backbone.conv1.0.weight'])
 
@@ -447,7 +451,8 @@ def test_export_measures_as_the_run_did(tmp_path):
     people = market(tmp_path / 'data', {
         'bounding_box_train': [(1, 1, 4), (2, 1, 4)], 'query': [(3, 1, 1), (4, 1, 1)],
         'bounding_box_test': [(3, 1, 2), (4, 1, 2)]})
-    own = {'camera_rule': 'ignore', 'flip_test': False, 'dist_metric': 'euclidean'}
+    own = {'reid': {
+        'num_instances': 4, 'camera_rule': 'ignore', 'flip_test': False, 'dist_metric': 'euclidean'}}
     run(reid(people, tmp_path, own, epochs=1))
     assert main(['export', str(tmp_path / 'run'), str(tmp_path / 'own'), '--data', str(people)]) == 0
     told = json.loads((tmp_path / 'own' / 'training' / 'results.json').read_text())
@@ -548,8 +553,8 @@ def test_results_that_are_not_its_own(finished, control, people, tmp_path, chang
 
 
 def test_push_to(people, tmp_path, hub):
-    """dreal.push_to sends the embedding network with its measured card."""
-    results = run(reid(people, tmp_path, {'push_to': 'user/people'}, epochs=1))
+    """dreal.hub.push_to sends the embedding network with its measured card."""
+    results = run(reid(people, tmp_path, {'hub': {'push_to': 'user/people'}}, epochs=1))
     assert results['pushed']
     card = (tmp_path / 'run' / 'hub' / 'README.md').read_text()
     assert f"{results['metrics']['mAP']:.2f}" in card

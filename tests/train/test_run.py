@@ -262,7 +262,7 @@ def test_crop_mode_of_the_model(images):
     seen = {}
     for mode in ('center', 'squash'):
         dataset = datasets.build_dataset(config, 'validation', 1, is_training=False)
-        loaders.build_loader(config, dataset, data | {'crop_mode': mode}, torch.device('cpu'), is_training=False)
+        loaders.build_loader(config, dataset, data | {'crop_mode': mode}, torch.device('cpu'))
         seen[mode] = torch.as_tensor(dataset.transform(image)).max().item()
     assert seen['center'] == 0
     assert seen['squash'] > 128

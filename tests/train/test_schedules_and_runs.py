@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from small_run import GROUP_NORM, SE, assert_close, before_updates, copied, recipe, start
 from tasks import gradients
 
-from dreal_timm.train import run, runner
+from dreal_timm.train import classification, run
 from dreal_timm.train.loop import fit, train_one_epoch
 
 SMALL = {'batch_size': 6, 'no_aug': True}
@@ -35,7 +35,7 @@ def found(monkeypatch, metrics):
     """Have the validations of a run find these values of top1, and 1 / top1 as the loss."""
     values = iter(metrics)
     monkeypatch.setattr(
-        runner, 'evaluate',
+        classification, 'evaluate',
         lambda *_, **__: {'top1': (top1 := next(values)), 'top5': 100.0, 'loss': 1 / top1, 'samples': 12})
 
 
@@ -283,7 +283,8 @@ def test_metric_of_the_best(few, tmp_path, monkeypatch, metric, best):
     """Epochs are ranked by the highest top1 or the smallest loss, and the best two are kept."""
     metrics = iter([(20.0, 0.4), (50.0, 0.9), (40.0, 0.1), (10.0, 0.3)])
     monkeypatch.setattr(
-        runner, 'evaluate', lambda *_, **__: {**dict(zip(('top1', 'loss'), next(metrics), strict=True)), 'samples': 12})
+        classification, 'evaluate',
+        lambda *_, **__: {**dict(zip(('top1', 'loss'), next(metrics), strict=True)), 'samples': 12})
     results = run(recipe(few, tmp_path, epochs=4, eval_metric=metric, checkpoint_hist=2, save_epochs=[1, 4], **SMALL))
     directory = tmp_path / 'run'
     assert results['best_epoch'] == best
@@ -308,7 +309,7 @@ def test_metric_of_the_best(few, tmp_path, monkeypatch, metric, best):
     {'opt': 'lookahead_sgd', 'batch_size': 3},
     {'mixup': 0.5, 'mixup_off_epoch': 2, 'drop': 0.2, 'drop_path': 0.2, 'no_aug': False, 'hflip': 0.5, 'vflip': 0.5},
     {'val_split': '', 'lr_noise': [0.25, 0.9], 'dreal': {'rotate': 1}},
-    {'dreal': {'freeze': 'backbone', 'critic_cell': 'gru'}, 'layer_decay': 0.5},
+    {'dreal': {'start': {'freeze': 'backbone'}, 'critic_cell': 'gru'}, 'layer_decay': 0.5},
 ])
 def test_resumed_run(few, tmp_path, values):
     """Stopped after two epochs and resumed, a run ends bit for bit as an uninterrupted one, with the same history."""

@@ -13,7 +13,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.train import run, runner
+from dreal_timm.train import classification, run
 from dreal_timm.train.loop import fit, train_one_epoch
 
 SMALL = {'batch_size': 4, 'no_aug': True}
@@ -70,9 +70,9 @@ def test_moving_average(images, tmp_path, values, decay):
 
 def test_moving_average_is_what_counts(images, tmp_path, monkeypatch):
     """Both are validated, the average ranks the epochs, and that of the best epoch is exported."""
-    found, evaluate = iter([90.0, 10.0, 80.0, 30.0, 70.0, 20.0]), runner.evaluate
+    found, evaluate = iter([90.0, 10.0, 80.0, 30.0, 70.0, 20.0]), classification.evaluate
     monkeypatch.setattr(
-        runner, 'evaluate', lambda *args, **kwargs: evaluate(*args, **kwargs) | {'top1': next(found)})
+        classification, 'evaluate', lambda *args, **kwargs: evaluate(*args, **kwargs) | {'top1': next(found)})
     results = run(recipe(images, tmp_path, epochs=3, model_ema=True, model_ema_decay=0.8))
     assert (results['best_epoch'], results['metrics']['top1']) == (1, 30.0)
     assert results['metrics'] == results['epochs'][1]['validation_ema']
@@ -334,7 +334,7 @@ def test_compiled_run(few, tmp_path):
 @pytest.mark.parametrize('enabled', [True, False])
 def test_frozen_backbone(few, tmp_path, enabled):
     """Attention and classifier alone are trained, statistics of frozen batch norms stay, and the export loads."""
-    values = dict(weight_decay=0.1, dreal={'freeze': 'backbone', 'enabled': enabled}, **SMALL)
+    values = dict(weight_decay=0.1, dreal={'start': {'freeze': 'backbone'}, 'enabled': enabled}, **SMALL)
     before = copied(start(few, tmp_path, **values).model)
     run(recipe(few, tmp_path, **values))
     last = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)
