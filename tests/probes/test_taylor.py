@@ -732,11 +732,11 @@ def test_probe_every(monkeypatch):
 def test_gradient_checkpointing(attention):
     """Gradient checkpointing changes neither rewards nor gradients, under autocast or not."""
     model, input, target = make_case(attention, drop_path_rate=0.2)
-    tasks = [make_task(copy.deepcopy(model)) for _ in range(2)]
-    tasks[1].get_eval_model().set_grad_checkpointing(True)
+    both = [make_task(copy.deepcopy(model)) for _ in range(2)]
+    both[1].get_eval_model().set_grad_checkpointing(True)
     for enabled in (False, True):
         results = []
-        for task in tasks:
+        for task in both:
             for number in range(2):
                 task.zero_grad()
                 torch.manual_seed(11 + number)
