@@ -1,8 +1,8 @@
 """Images a second of our train loop and of timm's, on the same plain run, measured in alternation
 
-`dreal-timm train ... dreal.enabled=false` against tests/timm_loop.py, which makes the calls of timm's train.py in its
-order (timm's package does not ship that script). Both train epochs of the same network, from the same weights and
-through the same loader, by turns; the ratio is the median over pairs of neighbouring epochs.
+`dreal-timm train ... dreal.enabled=false` against timm_loop.py, which makes the calls of timm's train.py in its order
+(timm's package does not ship that script). Both train epochs of the same network, from the same weights and through the
+same loader, by turns; the ratio is the median over pairs of neighbouring epochs.
 """
 import argparse
 import copy
@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
+import timm_loop
 import torch
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
@@ -26,9 +26,6 @@ from dreal_timm.data import prepare_digits
 from dreal_timm.train import load_config
 from dreal_timm.train.loop import train_one_epoch
 from dreal_timm.train.runner import set_up
-
-sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
-import timm_loop
 
 
 def seconds(function: Callable[[], object]) -> float:

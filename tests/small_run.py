@@ -46,10 +46,6 @@ def copied(module):
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def gradients(module):
-    return {name: p.grad.clone() for name, p in module.named_parameters()}
-
-
 def before_updates(state, record):
     """Return the list of what `record()` gives before each update."""
     seen = []

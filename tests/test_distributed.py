@@ -1,21 +1,15 @@
 """Two gloo processes against one"""
 import os
-import socket
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 from networks import make_batch, make_model
+from tasks import free_port
 from timm.task import TrainingTask
 
 from dreal_timm import DrealTask
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        return sock.getsockname()[1]
 
 
 def _make_task(probe: str) -> TrainingTask:
@@ -91,7 +85,7 @@ def _training_worker(rank: int, port: int, path: str, probe: str, options: dict)
     ('taylor', {'actor': 'direct', 'actor_share': 0.3, 'wrong_samples': 'measure', 'reward_form': 'log'})])
 def test_two_processes_train(tmp_path, probe, options):
     """With batch norm in training mode and no_sync, both processes keep equal weights; so they do in eval mode."""
-    torch.multiprocessing.spawn(_training_worker, args=(_free_port(), str(tmp_path), probe, options), nprocs=2)
+    torch.multiprocessing.spawn(_training_worker, args=(free_port(), str(tmp_path), probe, options), nprocs=2)
     first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
     assert first['rotation'] == second['rotation'] == {'epoch': 0, 'step': 4, 'steps_in_epoch': 4}
     for kind in ('parameters', 'grads'):
@@ -102,7 +96,7 @@ def test_two_processes_train(tmp_path, probe, options):
 
 def test_two_processes_equal_one(tmp_path, probe):
     """Two processes have the gradients of one on the joined batch, judge the same sites, and do not hang."""
-    torch.multiprocessing.spawn(_worker, args=(_free_port(), str(tmp_path), probe), nprocs=2)
+    torch.multiprocessing.spawn(_worker, args=(free_port(), str(tmp_path), probe), nprocs=2)
     parts = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2)]
     # split draws which group a sample answers for from the batch of a process: its rewards are those of exact
     task = _make_task('exact' if probe == 'split' else probe)

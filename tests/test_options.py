@@ -6,11 +6,11 @@ import pytest
 import torch
 from networks import correct_targets, make_batch, make_model
 from oracle import map_by_hand
+from tasks import gradients, make_task
 from timm.layers import SEModule
 from timm.task import ClassificationTask
 from torch import nn
 
-from dreal_timm import DrealTask
 from dreal_timm.attention.sites import attention_parameters
 from dreal_timm.audit import load_critic
 from dreal_timm.critic import RecurrentCritic
@@ -20,21 +20,11 @@ NAN = math.nan
 RIGHT = torch.tensor([True, True, False, True])
 
 
-def make_task(model, **kwargs):
-    return DrealTask(model, verbose=False, input_size=(3, 64, 64), **kwargs)
-
-
 def case(**kwargs):
     """A model in training mode with two blocks in its first stage, images, and targets of which two are wrong."""
     model = make_model('se', layers=(2, 1, 1, 1), **kwargs).train()
     input, _ = make_batch(8)
     return model, input, correct_targets(model, input)
-
-
-def gradients(model, names=None):
-    return {
-        name: p.grad.clone() for name, p in model.named_parameters()
-        if p.grad is not None and (names is None or name in names)}
 
 
 def theta_of(task):
@@ -259,9 +249,9 @@ def test_share_is_the_share():
             one.zero_grad()
             one(input, target)['loss'].backward()
         theta = theta_of(task)
-        ours, theirs = gradients(model, theta), gradients(plain, theta)
-        length = math.sqrt(sum(theirs[n].square().sum().item() for n in theirs))
-        found.append(math.sqrt(sum((ours[n] - theirs[n]).square().sum().item() for n in theirs)) / length)
+        ours, theirs = gradients(model), gradients(plain)
+        length = math.sqrt(sum(theirs[n].square().sum().item() for n in theta))
+        found.append(math.sqrt(sum((ours[n] - theirs[n]).square().sum().item() for n in theta)) / length)
     assert found[0] == pytest.approx(0, abs=1e-4)
     assert found[1] == pytest.approx(0.25, rel=1e-3)
 

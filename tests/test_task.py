@@ -1,8 +1,10 @@
 import copy
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
+import tasks
 import timm
 import torch
 from networks import ATTENTION, correct_targets, make_batch, make_model
@@ -21,21 +23,14 @@ from dreal_timm.probes.counterfactual import ExactProbe
 from dreal_timm.train.finite import FiniteWatch
 from dreal_timm.train.progress import Meter
 
-SIZE = (3, 64, 64)
+make_task = partial(tasks.make_task, probe='exact')
 
 
-def make_task(model, **kwargs):
-    task = DrealTask(model, verbose=False, **{'input_size': SIZE, 'probe': 'exact', **kwargs})
-    task.get_trainable_module().train()
-    return task
-
-
-def gradients(task, input, target, seed=11):
+def gradients_of_step(task, input, target, seed=11):
     task.zero_grad()
     torch.manual_seed(seed)
     task(input, target)['loss'].backward()
-    module = task.get_trainable_module()
-    return {name.removeprefix('model.'): p.grad.clone() for name, p in module.named_parameters()}
+    return tasks.gradients(task.get_trainable_module(), 'model.')
 
 
 def actor_gradients_by_hand(model, input, task, seed=11):
@@ -59,9 +54,9 @@ def test_gradients(attention, probe, kwargs):
     input, _ = make_batch()
     target = correct_targets(model, input, seed=11)
     plain_task = ClassificationTask(copy.deepcopy(model), verbose=False)
-    plain = gradients(plain_task, input, target)
+    plain = gradients_of_step(plain_task, input, target)
     tasks = {w: make_task(copy.deepcopy(model), actor_weight=w, probe=probe) for w in (0.0, 1.0, 3.0)}
-    grads = {weight: gradients(task, input, target) for weight, task in tasks.items()}
+    grads = {weight: gradients_of_step(task, input, target) for weight, task in tasks.items()}
     loss, by_hand = actor_gradients_by_hand(model, input, tasks[1.0])
     theta = theta_names(model)
     assert set(by_hand) == theta
@@ -471,7 +466,7 @@ def test_gradient_checkpointing(attention, probe):
     target = correct_targets(model, input, seed=11)
     checkpointed = copy.deepcopy(model)
     checkpointed.set_grad_checkpointing(True)
-    first, second = (gradients(make_task(m, probe=probe), input, target) for m in (model, checkpointed))
+    first, second = (gradients_of_step(make_task(m, probe=probe), input, target) for m in (model, checkpointed))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-7)
 
@@ -617,9 +612,9 @@ def test_a_task_can_be_pickled(probe):
     """A task out of pickle, as Lightning or a spawned process have it, learns on to the bit as the one it came from."""
     task = make_task(make_model('se').train(), probe=probe)
     input, target = make_batch()
-    first = gradients(task, input, target)
+    first = gradients_of_step(task, input, target)
     again = pickle.loads(pickle.dumps(task))
     for seed in (1, 2):
-        one, two = gradients(task, input, target, seed), gradients(again, input, target, seed)
+        one, two = gradients_of_step(task, input, target, seed), gradients_of_step(again, input, target, seed)
         assert one.keys() == two.keys() == first.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)

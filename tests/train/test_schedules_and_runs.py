@@ -11,7 +11,8 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from equal import assert_equal
 from safetensors.torch import save_file
-from small_run import GROUP_NORM, SE, assert_close, before_updates, copied, gradients, recipe, start
+from small_run import GROUP_NORM, SE, assert_close, before_updates, copied, recipe, start
+from tasks import gradients
 
 from dreal_timm.train import run, runner
 from dreal_timm.train.loop import fit, train_one_epoch

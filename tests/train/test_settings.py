@@ -6,7 +6,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_run import GROUP_NORM, assert_close, before_updates, copied, gradients, recipe, start
+from small_run import GROUP_NORM, assert_close, before_updates, copied, recipe, start
+from tasks import gradients
 from timm.layers import DropPath
 from timm.utils import random_seed
 from torch import nn

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from study import jsonl, learning
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / 'benchmarks' / 'results'
 TABLES = sorted((RESULTS / 'learning').glob('*.json'))
 DOCUMENTS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]

@@ -1,11 +1,12 @@
 import copy
 import io
 import os
-import socket
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 
 import pytest
+import tasks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ from dreal_timm.layers import SrmModule
 MODES = ('batch_norm', 'frozen_batch_norm', 'group_norm')
 RIGHT = torch.tensor([True, True, False, False])
 
+make_task = partial(tasks.make_task, probe='taylor', input_size=(3, 48, 48))
+
 
 def prepare(attention='se', mode='batch_norm', dtype=torch.float32, **kwargs):
     """A model in training mode, two blocks in its first stage, with batch norms frozen or absent if so asked."""
@@ -53,11 +56,6 @@ def make_case(attention='se', mode='batch_norm', dtype=torch.float32, batch_size
     return model, input, correct_targets(model, input, seed=11)
 
 
-def make_task(model, **kwargs):
-    kwargs.setdefault('input_size', (3, 48, 48))
-    return DrealTask(model, verbose=False, probe='taylor', **kwargs)
-
-
 def step(task, input, target, backward=lambda result: result['loss'].backward(), seed=11):
     """One step without an update."""
     task.zero_grad()
@@ -71,11 +69,6 @@ def rewards_of(task, input, target, backward=lambda result: result['loss'].backw
     """The rewards of a batch, which the step after reports."""
     step(task, input, target, backward)
     return step(task, input, target)['reward']
-
-
-def gradients(task):
-    named = task.get_trainable_module().named_parameters()
-    return {name.removeprefix('model.'): None if p.grad is None else p.grad.clone() for name, p in named}
 
 
 def sites_by_hand(model):
@@ -357,7 +350,7 @@ def test_gradients(attention):
     model, input, target = make_case(attention, drop_rate=0.2, drop_path_rate=0.3)
     plain = ClassificationTask(copy.deepcopy(model), verbose=False)
     logits = step(plain, input, target)['output']
-    reference = gradients(plain)
+    reference = tasks.gradients(plain.get_trainable_module(), 'model.')
     theta = theta_names(model)
     judged = copy.deepcopy(model)
     inputs, _ = keep_inputs(judged)
@@ -374,7 +367,7 @@ def test_gradients(attention):
             result = step(task, input, target)
             assert (result['critic_loss'] > 0) == bool(number)
             assert torch.equal(result['output'], logits)
-            grads = gradients(task)
+            grads = tasks.gradients(task.get_trainable_module(), 'model.')
             for name, value in reference.items():
                 if name not in theta or not weight:
                     assert torch.equal(grads[name], value), name
@@ -710,13 +703,13 @@ def test_probe_every(monkeypatch):
     model, input, target = make_case()
     task, plain = make_task(copy.deepcopy(model), probe_every=3), ClassificationTask(model, verbose=False)
     step(plain, input, target)
-    reference = gradients(plain)
+    reference = tasks.gradients(plain.get_trainable_module(), 'model.')
     every = rewards_of(make_task(copy.deepcopy(model)), input, target)
     tap, tapped = dreal_timm.trainable.tap, []
     monkeypatch.setattr(dreal_timm.trainable, 'tap', lambda *args: tapped.append(number) or tap(*args))
     for number in range(8):
         result = step(task, input, target)
-        grads = gradients(task)
+        grads = tasks.gradients(task.get_trainable_module(), 'model.')
         critic = [grads[name].abs().sum() for name in grads if name.startswith('critic.') and 'weight_hh' not in name]
         if number % 3 == 1:
             torch.testing.assert_close(result['reward'], every)
@@ -739,18 +732,18 @@ def test_probe_every(monkeypatch):
 def test_gradient_checkpointing(attention):
     """Gradient checkpointing changes neither rewards nor gradients, under autocast or not."""
     model, input, target = make_case(attention, drop_path_rate=0.2)
-    tasks = [make_task(copy.deepcopy(model)) for _ in range(2)]
-    tasks[1].get_eval_model().set_grad_checkpointing(True)
+    both = [make_task(copy.deepcopy(model)) for _ in range(2)]
+    both[1].get_eval_model().set_grad_checkpointing(True)
     for enabled in (False, True):
         results = []
-        for task in tasks:
+        for task in both:
             for number in range(2):
                 task.zero_grad()
                 torch.manual_seed(11 + number)
                 with torch.autocast('cpu', dtype=torch.bfloat16, enabled=enabled):
                     result = task(input, target)
                 result['loss'].backward()
-            results.append({'reward': result['reward'], **gradients(task)})
+            results.append({'reward': result['reward'], **tasks.gradients(task.get_trainable_module(), 'model.')})
         assert results[0]['reward'].isfinite().all()
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
 
@@ -850,12 +843,6 @@ def test_images_of_other_sizes(built):
             assert (result['reward'][:2, spatial] == 0).all()
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        return sock.getsockname()[1]
-
-
 def _process_batch(number, rank):
     return make_batch(batch_size=4 - rank, size=32, seed=10 * number + rank)
 
@@ -890,7 +877,7 @@ def _worker(rank: int, port: int, path: str) -> None:
 
 def test_two_processes(tmp_path):
     """Each process has the rewards of its own batch, of whatever size, and both keep equal weights."""
-    torch.multiprocessing.spawn(_worker, args=(_free_port(), str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_worker, args=(tasks.free_port(), str(tmp_path)), nprocs=2)
     parts = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2)]
     start = _process_task().get_trainable_module().state_dict()
     parameters = [name for name, _ in _process_task().get_trainable_module().named_parameters()]
@@ -923,7 +910,7 @@ def test_gradients_with_a_graph():
     for task, backward in zip((with_graph, plain), backwards, strict=True):
         step(task, input, target, backward)
         results.append(step(task, input, target))
-        grads.append(gradients(task))
+        grads.append(tasks.gradients(task.get_trainable_module(), 'model.'))
     torch.testing.assert_close(results[0]['reward'].detach(), results[1]['reward'])
     assert not results[0]['reward'].requires_grad
     for name, value in grads[1].items():

@@ -1,25 +1,16 @@
-"""The study's own parts: controls by the rewards of other images, CAL's loss, intervals and the table"""
-import gzip
+"""Forms and their training: controls by the rewards of other images, CAL's loss, the table and a study that goes on"""
 import json
 import math
-import shutil
-import struct
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
 
 import pytest
-import report
 import torch
 from networks import correct_targets, make_batch, make_model
-from oracle import map_by_hand
-from scipy import stats
-from study import fashion, forms, jsonl, learning, learning_figure, reward_signal
+from study import fashion, forms, jsonl, learning
 from timm.layers import SEModule
 from timm.task import ClassificationTask
 from torch.nn.functional import cross_entropy
-from torchvision.datasets import FashionMNIST
 
 from dreal_timm import DrealTask
 from dreal_timm.probes import taylor
@@ -165,15 +156,6 @@ def test_forms_that_begin_later():
         torch.testing.assert_close(rest.detach(), weight * result['actor_loss'], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('n', [2, 3, 8, 30, 41])
-def test_interval_is_students(n):
-    """Mean and half of the 95% interval are scipy's."""
-    values = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).tolist()
-    mean, half = report.interval(values)
-    low, high = stats.t.interval(0.95, n - 1, loc=mean, scale=stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
-
-
 def test_table_by_hand():
     """Differences are those of the same seed, to plain training and to the control of the same weight."""
     def made(form, seed, top1, weight=None):
@@ -252,83 +234,6 @@ def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
     assert all(one['top1'] for one in learning.read(path, settings))
 
 
-def add_lines(path, writer):
-    for number in range(50):
-        jsonl.append(path, {'writer': writer, 'number': number, 'padding': 'x' * 3000})
-
-
-def test_processes_add_lines_together(tmp_path):
-    """Four processes that add to one file lose no run, and leave each in one piece."""
-    path = tmp_path / 'new' / 'runs.jsonl'
-    processes = [get_context('fork').Process(target=add_lines, args=(path, writer)) for writer in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    found = [(run['writer'], run['number']) for run in jsonl.read(path)]
-    assert sorted(found) == [(writer, number) for writer in range(4) for number in range(50)]
-
-
-def test_half_a_line(tmp_path):
-    """What a killed process left at the end is no run, and goes when the next one is added; one within is an error."""
-    path = tmp_path / 'runs.jsonl'
-    assert jsonl.read(path) == []
-    jsonl.append(path, {'seed': 0})
-    with path.open('a') as file:
-        file.write('{"seed": 1, "top')
-    assert jsonl.read(path) == [{'seed': 0}]
-    jsonl.append(path, {'seed': 2})
-    assert path.read_text() == '{"seed": 0}\n{"seed": 2}\n'
-    path.write_text('{"seed": 3\n{"seed": 4}\n')
-    with pytest.raises(ValueError, match='delimiter'):
-        jsonl.read(path)
-
-
-@pytest.mark.skipif(shutil.which('git') is None, reason='needs git')
-def test_runs_name_their_commit(tmp_path):
-    """The commit of the clone, marked where a file was changed since, and none where there is no clone."""
-    def git(*words):
-        told = subprocess.run(
-            ['git', '-c', 'user.name=T', '-c', 'user.email=t@example.org', *words], cwd=tmp_path, check=True,
-            capture_output=True, text=True)
-        return told.stdout.strip()
-
-    assert report.commit(tmp_path) is None
-    git('init')
-    (tmp_path / 'code.py').write_text('a = 1')
-    git('add', '.')
-    git('commit', '-m', 'First')
-    git('tag', 'v1')
-    assert report.commit(tmp_path) == git('rev-parse', '--short=12', 'HEAD')
-    (tmp_path / 'code.py').write_text('a = 2')
-    assert report.commit(tmp_path) == git('rev-parse', '--short=12', 'HEAD') + '+'
-
-
-def test_files_of_fashion_mnist(tmp_path):
-    """Read where our command or torchvision writes them, and packed as Debian has them; one missing is an error."""
-    generator = torch.Generator().manual_seed(0)
-    folders = {'raw': tmp_path / 'written' / 'FashionMNIST' / 'raw', 'packed': tmp_path / 'packed'}
-    for folder in folders.values():
-        folder.mkdir(parents=True)
-    for prefix, n in (('train', 6), ('t10k', 4)):
-        pixels = torch.randint(256, (n, 28, 28), dtype=torch.uint8, generator=generator).numpy().tobytes()
-        for name, content in (
-            ('images-idx3', struct.pack('>4i', 2051, n, 28, 28) + pixels),
-            ('labels-idx1', struct.pack('>2i', 2049, n) + bytes(range(n))),
-        ):
-            (folders['raw'] / f'{prefix}-{name}-ubyte').write_bytes(content)
-            (folders['packed'] / f'{prefix}-{name}-ubyte.gz').write_bytes(gzip.compress(content))
-    written, packed = fashion.load(tmp_path / 'written'), fashion.load(tmp_path / 'packed')
-    known = FashionMNIST(str(tmp_path / 'written'), train=False)
-    for split, n in (('train', 6), ('test', 4)):
-        assert torch.equal(written[split][0], packed[split][0]) and written[split][1].tolist() == list(range(n))
-    inner = written['test'][0][:, 0, 2:-2, 2:-2] * fashion.STD + fashion.MEAN
-    torch.testing.assert_close(inner * 255, known.data.float())
-    (folders['packed'] / 't10k-labels-idx1-ubyte.gz').unlink()
-    with pytest.raises(FileNotFoundError, match=r"No 't10k-labels-idx1-ubyte\.gz' in '.*dreal-timm data fashion-mnist"):
-        fashion.load(tmp_path / 'packed')
-
-
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['few', '--forms', 'plane'], "Unknown form 'plane'"),
     (['few', '--data', 'nowhere'], "No 'train-images-idx3-ubyte.gz' in 'nowhere'"),
@@ -345,94 +250,3 @@ def test_a_study_on_wrong_input(arguments, message, tmp_path, monkeypatch, capsy
         learning.main()
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_intraclass_correlation():
-    """1 where views of an image are alike, about 0 where they are noise, and the share of the variance between."""
-    generator = torch.Generator().manual_seed(0)
-    image, noise = torch.randn(4000, 1, generator=generator), torch.randn(4000, 4, generator=generator)
-    assert reward_signal.intraclass(image.expand(4000, 4)) == pytest.approx(1)
-    assert abs(reward_signal.intraclass(noise)) < 0.03
-    assert reward_signal.intraclass(image + noise) == pytest.approx(0.5, abs=0.03)
-
-
-def test_partial_ranks():
-    """What two values have from a third alone is taken away; what they have of their own stays."""
-    generator = torch.Generator().manual_seed(0)
-    a, b, shared, own = torch.randn(4, 4000, generator=generator)
-    assert reward_signal.ranks_together(a + shared, b + shared) > 0.4
-    assert abs(reward_signal.partial_ranks(a + shared, b + shared, shared)) < 0.05
-    assert reward_signal.partial_ranks(a + shared + own, b + shared + own, shared) > 0.4
-
-
-def test_exact_gains_by_hand():
-    """1 - p'/p of each site, with the map swapped by hand."""
-    model = fashion.network('se', 0.25, 0).eval()
-    images, labels = torch.randn(6, 1, 32, 32), torch.arange(6)
-    gains, right, known = reward_signal.exact_gains(model, images, labels)
-    probabilities = model(images).softmax(1)
-    torch.testing.assert_close(known.exp(), probabilities[range(6), labels])
-    assert torch.equal(right, probabilities.argmax(1) == labels)
-    modules = [module for module in model.modules() if isinstance(module, SEModule)]
-    for column, module in enumerate(modules):
-        module.forward = lambda x, m=module: x * map_by_hand(m, x).mean((1, 2, 3), keepdim=True)
-        without = model(images).softmax(1)
-        del module.forward
-        expected = (1 - without[range(6), labels] / probabilities[range(6), labels]).clamp(-1, 1)
-        torch.testing.assert_close(gains[:, column], expected.detach(), rtol=1e-3, atol=1e-5)
-
-
-def test_a_training_that_is_there_is_printed(tmp_path, monkeypatch, capsys):
-    """The committed training is shown without another; of other settings, or for another file, one is made."""
-    made = []
-    monkeypatch.setattr(reward_signal, 'run', lambda args: made.append(args.seed) or [])
-
-    def look(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['reward_signal.py', *arguments])
-        reward_signal.main()
-        return capsys.readouterr().out
-
-    assert 'epoch 5: top-1 83.62%' in look() and not made
-    for seed in (7, 8, 8):
-        look('--seed', str(seed), '--output', str(tmp_path / 'new.jsonl'))
-    assert made == [7, 8]
-    assert [line['settings']['seed'] for line in jsonl.read(tmp_path / 'new.jsonl')] == [7, 8]
-
-
-def test_directions_are_gradients():
-    """A small step along each direction lowers what it is the gradient of."""
-    model = fashion.network('se', 0.25, 0)
-    task = forms.make_task(model, 'split', 0, CPU)
-    data = torch.randn(32, 1, 32, 32), torch.randint(10, (32,))
-    told = reward_signal.steps_along(task, data, data, 1e-3, 0)
-    assert told['steps']['class']['same']['loss'] < 0
-    for measured in ('gain', 'scaled'):
-        assert told['steps']['direct']['same'][measured] > told['steps']['random']['same'][measured]
-    gains, right, known = reward_signal.exact_gains(model, *data)
-    before, gains = told['before']['new'], gains[right]
-    assert before['loss'] == pytest.approx(-known.mean().item())
-    assert before['gain'] == pytest.approx(gains.sum(1).mean().item())
-    assert before['scaled'] == pytest.approx((gains.mean(0) / gains.std(0)).sum().item(), rel=1e-4)
-    found = reward_signal.directions(task, data, 0)
-    assert told['cosine_class_log'] == pytest.approx(reward_signal._cosine(found['class'], found['log']))
-    assert 0.9 < told['cosine_class_log'] < 1
-    assert told['cosine_class_shuffled'] < told['cosine_class_log']
-
-
-def test_figure_of_the_tables(tmp_path):
-    """A block for each study, in it a point and an interval for each difference that its table has."""
-    rows = [
-        {'form': 'plain', 'seeds': 4},
-        {'form': 'taylor', 'seeds': 4, 'minus_plain': 0.3, 'minus_plain_95': 0.2, 'minus_shuffled': -0.1,
-         'minus_shuffled_95': 0.4},
-        {'form': 'cal', 'seeds': 3, 'minus_plain': -1.0, 'minus_plain_95': 0.5}]
-    figure = learning_figure.draw({'first': rows, 'second': rows[:2]})
-    first, second = figure.axes
-    (points, _, (bars,)), (hollow, _, _) = first.containers
-    assert points.get_xdata().tolist() == [0.3, -1.0] and hollow.get_xdata().tolist() == [-0.1]
-    ends = [segment[:, 0].tolist() for segment in bars.get_segments()]
-    assert ends == [pytest.approx([0.1, 0.5]), pytest.approx([-1.5, -0.5])]
-    assert [label.get_text() for label in first.get_yticklabels()] == ['taylor  (4)', 'cal  (3)']
-    assert len(second.get_yticks()) == 1 and second.get_title('left') == 'second'
-    figure.savefig(tmp_path / 'figure.png')
-    assert (tmp_path / 'figure.png').stat().st_size > 1000

@@ -299,7 +299,7 @@ def build(case: Case, dtype=torch.float64) -> tuple[nn.Module, torch.Tensor, lis
 
 
 def test_every_class_is_tried_here_or_with_the_networks():
-    """No reader is without a test: those of CBAM's own halves are tried in test_attention.py."""
+    """No reader is without a test: those of CBAM's own halves are tried in test_sites.py."""
     tried = {type(part) for case in CASES.values() for part in case.make().modules()} & set(READERS)
     assert {cls.__name__ for cls in set(READERS) - tried} == {'ChannelAttn', 'SpatialAttn'}
 

@@ -1,19 +1,33 @@
 """A stand-in for timm's train.py, which its wheel does not ship: the same calls in the same order
 
-It knows nothing of DREAL: whatever trains a ClassificationTask here trains a DrealTask.
+It knows nothing of DREAL: whatever trains a ClassificationTask here trains a DrealTask. Benchmarks measure our loop
+against it, and tests train with it.
 """
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, NativeScaler, dispatch_clip_grad, random_seed
 
+Batch = tuple[torch.Tensor, torch.Tensor]
 
-def train_one_epoch(task, batches, optimizer, loss_scaler=None, accum_steps=1, clip_grad=None, amp_dtype=None):
-    trainable_module = task.get_trainable_module()
+
+def train_one_epoch(
+        task: TrainingTask,
+        batches: Any,
+        optimizer: torch.optim.Optimizer,
+        loss_scaler: NativeScaler | None = None,
+        accum_steps: int = 1,
+        clip_grad: float | None = None,
+        amp_dtype: torch.dtype | None = None,
+) -> list[float]:
+    """Train on all batches of a list or of a loader; return their losses."""
+    trainable_module: Any = task.get_trainable_module()
     trainable_module.train()
     has_no_sync = hasattr(trainable_module, 'no_sync')
     device = next(trainable_module.parameters()).device.type
@@ -47,9 +61,17 @@ def train_one_epoch(task, batches, optimizer, loss_scaler=None, accum_steps=1, c
 
 
 def train(
-        task, make_batches, epochs, directory: Path, resume='', ema=True, scaler=True, lr=0.02, sched_epochs=4,
-        **kwargs,
-):
+        task: TrainingTask,
+        make_batches: Callable[[int], Sequence[Batch]],
+        epochs: int,
+        directory: Path,
+        resume: str = '',
+        ema: bool = True,
+        scaler: bool = True,
+        lr: float = 0.02,
+        sched_epochs: int = 4,
+        **kwargs: Any,
+) -> tuple[list[float], torch.optim.Optimizer]:
     """Train as timm's main() does; return the losses of all steps and the objects that hold the state."""
     optimizer = create_optimizer_v2(task.get_trainable_module(), 'sgd', lr=lr, weight_decay=1e-4)
     loss_scaler = NativeScaler(device='cpu') if scaler else None
