@@ -94,7 +94,7 @@ def map_again(model: nn.Module, site: Site, descriptors: Sequence[torch.Tensor])
     parameters alone. Buffers (of a batch norm in the gate) are left as they are.
     """
     module, reader = site_reader(model, site)
-    with scratch_buffers([m for m in module.modules() if m.training and m._buffers]):
+    with scratch_buffers([m for m in module.modules() if m.training]):
         return second_map(module, reader, *descriptors)
 
 

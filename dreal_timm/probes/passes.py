@@ -55,7 +55,7 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _as_judged(model: nn.Module, recorded: RecordedPass, rows: Rows) -> Iterator[None]:
     """Let forward passes inside the context differ from the judged pass in nothing, and leave no trace."""
-    other = [m for name, m in model.named_modules() if m.training and m._buffers and name not in recorded.norms]
+    other = [m for name, m in model.named_modules() if m.training and name not in recorded.norms]
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, _SpectralNorm):  # its vectors have moved on in the judged pass, once

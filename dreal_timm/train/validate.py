@@ -22,7 +22,7 @@ from dreal_timm.train.settings import TrainConfig
 __all__ = ['describe', 'measure', 'measure_split', 'validate']
 
 
-def validate(
+def validate(  # noqa: PLR0913 (the flags of the command)
         model: str,
         data_dir: str | Path,
         dataset: str = '',
