@@ -132,9 +132,9 @@ def test_names_inside_of_a_checkpoint(turned, images, tmp_path):
 
 def test_names_of_another_network_are_not_exported(turned, images, tmp_path):
     """A network with a new classifier on data without names does not keep the names of the one it came from."""
-    from dreal_timm.train import datasets
+    from dreal_timm.train import classification
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, 'class_names', lambda dataset: None)
+        patch.setattr(classification, 'class_names', lambda dataset: None)
         results = run(recipe(
             images, tmp_path, model=f"local-dir:{turned['model']}", pretrained=True, model_kwargs={}, epochs=1))
     assert 'label_names' not in json.loads(Path(results['model'], 'config.json').read_text())
