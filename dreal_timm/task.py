@@ -66,6 +66,9 @@ class DrealTask(ClassificationTask):
         input_size: (C, H, W) of the images, which sizes the critics of spatial maps. None takes the model's config.
         **options: Fields of `DrealConfig`, in place of `config`.
 
+    Attributes:
+        actor_weight: Weight of L_q in the next step; a schedule may change it.
+
     Raises:
         ValueError: The model has no attention site, none of its attention parameters is trainable, one of its layers
             cannot be probed, the model is wrapped already, or an option has a value that it does not accept.
@@ -103,6 +106,7 @@ class DrealTask(ClassificationTask):
         if config is not None and options:
             raise TypeError(f"Pass config or options, not both: {', '.join(options)}.")
         self.config = self.config_class(**options) if config is None else config
+        self.actor_weight = self.config.actor_weight
         check_model(model, self.config)
         sites = find_sites(model, input_size)
         groups = group_sites(sites)
@@ -235,8 +239,8 @@ class DrealTask(ClassificationTask):
 
     def with_actor(self, loss: torch.Tensor, l_q: torch.Tensor) -> torch.Tensor:
         """Return the loss of a step with L_q, weighed."""
-        if self.config.actor_weight and l_q.requires_grad:
-            loss = loss + self.config.actor_weight * l_q
+        if self.actor_weight and l_q.requires_grad:
+            loss = loss + self.actor_weight * l_q
         return loss
 
     def _evaluate(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:

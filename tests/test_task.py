@@ -534,7 +534,7 @@ def test_inductor_replays_dropout():
         if compiled:
             task.compile(mode='default')
         torch.manual_seed(11)
-        target = task.get_trainable_module().train()(input)['output'].argmax(dim=1)
+        target = task.get_trainable_module().train()(input).output.argmax(dim=1)
         torch.manual_seed(11)
         rewards.append(task(input, target)['reward'])
     assert (rewards[0] != -1).all()
