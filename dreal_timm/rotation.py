@@ -12,7 +12,7 @@ _LONG_EPOCH = 10_000
 
 
 class Rotation:
-    """Draw one site of each group, anew every epoch, every step or every so many steps.
+    """Draw one site of each group, anew every epoch, every step or every N steps.
 
     A group's sites are drawn without replacement until all were seen, then in another order. The draw is a function
     of (seed, turn, stage) alone: every process agrees, a resumed run draws the same, and the groups of a stage that
@@ -22,7 +22,7 @@ class Rotation:
         groups: (stage, number of sites) of each group.
         seed: Seed of the draw.
         rotate: 'epoch', 'step', or a number of steps.
-        every: Sites are judged in every so many steps: 'step' draws anew for each of those.
+        every: Sites are judged every N steps: 'step' draws anew for each of those.
 
     Raises:
         ValueError: `rotate` is none of these, or `every` is no whole number above 0.

@@ -285,7 +285,7 @@ class DrealTask(ClassificationTask):
         return trainable.model if isinstance(trainable, DrealTrainableModule) else resolved
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """Return the model's parameters (the critic is not clipped), less those of its classifier if asked."""
+        """Return the model's parameters (the critic is not clipped), less those of its classifier if `exclude_head`."""
         model = self._trainable.model
         get_classifier = getattr(model, 'get_classifier', None)
         head: set[int] = set()

@@ -17,6 +17,8 @@ from gpu_parts.table import ATTENTION
 __all__ = ['main']
 
 REWARD = {torch.bfloat16: 0.5, torch.float16: 0.1}  # rms error, in standard deviations of the rewards
+# the same, to first order: activations near a kink fall on its other side, which moves a gradient in jumps
+TAYLOR = {torch.bfloat16: 0.5, torch.float16: 0.2}
 FLOAT32 = 0.25  # the same, where rewards are measured in float32 with the statistics of the judged pass
 # rms of what a pass that changes nothing does to a log-probability (nats), and the largest error of a quality
 NOISE = {torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -76,7 +78,7 @@ def check_taylor(record: Record, cast: Autocast) -> None:
     errors = [_relative(each, expected, result['right']) for each in found]
     if any(each.isnan().any() for each in found):
         raise AssertionError('rewards are missing')
-    record.near(f'{cast.name}.reward.taylor', max(errors), REWARD[cast.dtype], scales=[2 ** 6, 2 ** 10])
+    record.near(f'{cast.name}.reward.taylor', max(errors), TAYLOR[cast.dtype], scales=[2 ** 6, 2 ** 10])
 
 
 def check_gradient(record: Record, cast: Autocast) -> None:

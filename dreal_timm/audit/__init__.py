@@ -1,6 +1,6 @@
 """What attention does in a network: which sites it has, and what each of them is worth
 
-What measures and draws is imported when it is asked for: it needs the extra `audit`, the list of sites does not.
+What measures and draws needs the extra `audit` and is imported on first use; the list of sites needs no extra.
 """
 from importlib import import_module
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is audited: a network, with its critic where it has one, and the images it is asked about"""
+"""What is audited: a network, with its critic where it has one, and the images it is evaluated on"""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -104,7 +104,7 @@ def summarize(
         seed: int = 0,
         margin: float = MARGIN,
 ) -> dict[str, Any]:
-    """Return the figures of an audit, as plain values for JSON; what cannot be told is None.
+    """Return the figures of an audit, as plain values for JSON; what is not known is None.
 
     Args:
         audit: The audit.

@@ -60,7 +60,7 @@ def _answer(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 1 where nothing was found or sent, or 2 after an error, told in a line.
+    """Run the command line; return 0, 1 where nothing was found or sent, or 2 after an error.
 
     After Ctrl-C it returns 130.
     """

@@ -27,7 +27,7 @@ class Backbone:
     Attributes:
         loaded: Names of the tensors that were copied.
         fresh: Names of the network's tensors that keep what they had: those of attention modules, and of the classifier
-            where it is not asked for.
+            where it is not requested.
         missing: Names of the network's other tensors, which the weights do not have.
         unused: Names of the weights' tensors that have no place in the network.
     """

@@ -21,7 +21,7 @@ def damaged_record(path: str | Path) -> str:
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() or ''
-    except Exception as error:  # a damaged directory is told in all kinds of ways
+    except Exception as error:  # a damaged directory raises all kinds of errors
         return reason(error)
 
 

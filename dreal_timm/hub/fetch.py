@@ -1,7 +1,7 @@
 """Files of the Hub: fetched into the client's cache, compared with their hash, and errors in one form
 
 The client retries each file for 23 seconds where there is no network, and timm asks for two. Here one request decides
-whether the Hub can be reached, before anything is asked for that would be retried.
+whether the Hub can be reached, before a request that would be retried.
 """
 import hashlib
 import os

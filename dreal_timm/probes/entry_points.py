@@ -27,7 +27,7 @@ _IMAGES, _FEWER = 5, 3  # of the trace, and of the pass that checks a restart
 
 @dataclass(frozen=True)
 class Flow:
-    """What the trace of a network told.
+    """Where counterfactual passes can begin, from the trace of a network.
 
     Attributes:
         restarts: How a pass can begin at each site, by its name; None where it must begin with the image.
@@ -41,7 +41,7 @@ class Flow:
 
 
 class _Checked(Mapping[str, Restart | None]):
-    """How a pass can begin at each site; it is tried out on the meta device when a site is first asked for."""
+    """How a pass can begin at each site; tried out on the meta device when a site is first looked up."""
 
     def __init__(self, plans: Mapping[str, Restart | None], works: Callable[[Restart], bool]):
         self._plans = dict(plans)
@@ -98,7 +98,7 @@ class _Call:
     returned: tuple[int, ...] = ()
 
     def owns(self, key: int, read: int) -> bool:
-        """Whether what is read from a storage so late can only come from this call's first argument."""
+        """Return whether this call's first argument is the only source of that storage at time `read`."""
         return self.input == key and self.whole and key not in self.others and self.exit > read
 
 
@@ -123,7 +123,7 @@ class _Log(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._alive: list[Any] = []  # storages are told apart by their address
+        self._alive: list[Any] = []  # storages are identified by their address
 
     def tick(self) -> int:
         self.clock += 1
@@ -205,7 +205,7 @@ def trace_flow(model: nn.Module, sites: Sequence[Site], input_size: Sequence[int
     masking = [c for c in log.calls if is_masking(c.module)]
     plans: dict[str, Restart | None] = dict.fromkeys(site.name for site in sites)
     last = 0
-    # what was recorded of a layer is told apart by its place in the order of its calls, which a restart would change
+    # what was recorded of a layer is identified by its place in the order of its calls, which a restart would change
     for site in sites if all(counts[module] == 1 for module in replayed) else ():
         call = next(c for c in log.calls if c.name == site.module)
         entries = (_enter(site, entry, log, counts) for entry in (call, *reversed(call.stack[1:])))

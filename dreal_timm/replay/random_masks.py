@@ -1,7 +1,7 @@
 """Random layers in a counterfactual pass: the masks of the judged pass, also for some of its samples alone
 
-A random layer that multiplies its input by a mask (dropout, drop path, drop block) is asked for that mask again: from
-the generator's state before its call, with an input of ones.
+The mask of a layer that multiplies its input by one (dropout, drop path, drop block) is drawn again by running the
+layer on ones, from the generators' state that was saved before its call.
 """
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

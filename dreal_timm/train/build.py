@@ -114,7 +114,7 @@ def build_model(config: TrainConfig) -> nn.Module:
     Raises:
         ValueError: No such model, or weights that do not fit it.
         FileNotFoundError: No such initial checkpoint.
-        WeightsError: The weights cannot be had of the Hub, which is told at the first request.
+        WeightsError: The weights cannot be downloaded from the Hub.
     """
     _check_start(config)
     if config.fast_norm:

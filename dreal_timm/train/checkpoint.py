@@ -84,7 +84,7 @@ def kept_checkpoints(directory: Path) -> list[Path]:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last, the best, a number of good ones, and those that were asked for.
+    """The checkpoints of a run: the last, the best, a number of good ones, and those of `save_epochs`.
 
     Files are named, ranked and described (`saver`) as by timm's CheckpointSaver.
 

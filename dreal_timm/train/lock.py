@@ -45,11 +45,11 @@ class FolderLock:
             _lock(file)
         except OSError as error:
             file.seek(0)
-            told = ' '.join(file.read(300).split())
+            owner = ' '.join(file.read(300).split())
             file.close()
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise BlockingIOError(
-                    f'{directory}: another run writes here ({told or "just begun"}). Wait for it, or choose another '
+                    f'{directory}: another run writes here ({owner or "just begun"}). Wait for it, or choose another '
                     'experiment=NAME.') from None
             _logger.warning(f'{directory}: no locks here ({error.strerror}): let no second run write to it.')
             return

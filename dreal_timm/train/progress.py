@@ -23,7 +23,7 @@ class Meter:
     """Means over the epoch so far, summed on the device: only `means()` waits for it.
 
     Args:
-        groups: For each attention site the name of its group, by which rewards are told apart as well.
+        groups: For each attention site the name of its group, by which rewards are reported as well.
     """
 
     def __init__(self, groups: Mapping[str, str] | None = None) -> None:
@@ -54,7 +54,7 @@ class Meter:
             self._update_groups(result)
 
     def _update_groups(self, result: dict[str, Any]) -> None:
-        """Sums of each group of sites: the rows are told apart in `means()`."""
+        """Sums of each group of sites: `means()` separates the rows."""
         reward, quality = result['reward'], result['quality']
         probed = ~reward.isnan()
         right = probed & result['right'][:, None]
@@ -125,7 +125,7 @@ def _group_means(sums: list[float]) -> dict[str, float]:
 
 
 class Progress:
-    """A bar on a terminal, a line every so many steps elsewhere.
+    """A bar on a terminal, a line every N steps elsewhere.
 
     Args:
         epoch: Number of the epoch.
@@ -150,7 +150,7 @@ class Progress:
         return (index + 1) % self._interval == 0 or index + 1 == self._steps
 
     def step(self, index: int, means: Mapping[str, float] | None = None, samples: int = 0, lr: float = 0.0) -> None:
-        """Count a step; index starts at 0. Where numbers are due, they are the means over so many samples."""
+        """Count a step; index starts at 0. Numbers that are due are means over `samples` samples."""
         if self._bar is not None:
             self._bar.update()
             if means is not None:

@@ -75,7 +75,7 @@ def unread(model: nn.Module) -> dict[str, str]:
 
 
 def without_sites(model: nn.Module) -> str:
-    """Say that a model has no attention site, why, as far as can be told, and what can be done."""
+    """Return why a model has no attention site, as far as that is known, and what can be done."""
     text = (
         f'{type(model).__name__} has no attention site: no module of it makes a map that weighs its features, as SE, '
         'ECA, CBAM and SRM do (self-attention makes none). '
