@@ -106,7 +106,7 @@ class RecurrentCritic(nn.Module):
         rnn = self.rnn
         start = x.new_zeros(rnn.num_layers, len(x), rnn.hidden_size)
         # not rnn(x): it keeps a list of its weights, past which detached ones from functional_call would have no effect
-        weights = list(rnn.parameters())
+        weights: list[torch.Tensor] = list(rnn.parameters())
         options = (weights, True, rnn.num_layers, 0.0, True, False, True)
         if isinstance(rnn, nn.LSTM):
             hidden = torch.lstm(x, (start, start), *options)[0]

@@ -28,7 +28,7 @@ def _float(value: Any) -> float:
 
 
 def _str(value: Any) -> str:
-    if isinstance(value, (bool, dict, list)):
+    if value is None or isinstance(value, (bool, dict, list)):
         raise ValueError
     return str(value)
 

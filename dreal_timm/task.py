@@ -5,6 +5,7 @@ Shape letters: B batch, K classes, L sites of all groups, P probed sites.
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -105,7 +106,12 @@ class DrealTask(ClassificationTask):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         if config is not None and options:
             raise TypeError(f"Pass config or options, not both: {', '.join(options)}.")
+        unknown = options.keys() - {each.name for each in fields(self.config_class)}
+        if unknown:
+            raise TypeError(f"Unknown option '{min(unknown)}': see {self.config_class.__name__}.")
         self.config = self.config_class(**options) if config is None else config
+        if not isinstance(self.config, self.config_class):
+            raise TypeError(f'config must be a {self.config_class.__name__}, got a {type(config).__name__}.')
         self.actor_weight = self.config.actor_weight
         check_model(model, self.config)
         sites = find_sites(model, input_size)
@@ -205,6 +211,8 @@ class DrealTask(ClassificationTask):
             self.probe.reset()  # a run that is resumed here would have nothing either
         judged, rewards = self.probe(self.trainable_module, trainable, input, target)
         class_loss = self.criterion(judged.output, target)
+        if not judged.actor_quality.requires_grad:
+            self._check_trainable()
         with torch.autocast(input.device.type, enabled=False):
             columns, groups = self._columns_of(rewards.sites)
             quality = judged.critic_quality.index_select(1, to_device(columns, input.device))
@@ -233,8 +241,6 @@ class DrealTask(ClassificationTask):
 
     def actor_loss(self, judged: Judgement, rewards: Rewards) -> torch.Tensor:
         """Return L_q of a batch (Eq. 8), a number with a graph to the attention parameters."""
-        if not judged.actor_quality.requires_grad:
-            self._check_trainable()
         return actor_loss(judged.actor_quality).mean()
 
     def with_actor(self, loss: torch.Tensor, l_q: torch.Tensor) -> torch.Tensor:

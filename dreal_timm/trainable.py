@@ -4,7 +4,7 @@ Shape letters: B batch, K classes, L sites of all groups.
 """
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from timm.models import group_parameters
@@ -20,9 +20,10 @@ from dreal_timm.rotation import Rotation
 __all__ = ['DrealTrainableModule', 'Judgement']
 
 
-@dataclass
-class Judgement:
+class Judgement(NamedTuple):
     """What a training step begins with: the judged pass and the critics' judgement of its maps.
+
+    A named tuple and no dataclass: DDP with `static_graph` looks for tensors in what pytree flattens.
 
     Attributes:
         output: Logits, (B, K).

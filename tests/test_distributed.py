@@ -96,6 +96,30 @@ def test_two_processes_train(tmp_path, probe, options):
             assert value.isfinite().all()
 
 
+def _static_worker(rank: int, port: int, path: str, probe: str) -> None:
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    task = DrealTask(make_model('se'), verbose=False, input_size=(3, 48, 48), probe=probe)
+    task.prepare_distributed(static_graph=True)
+    module = task.get_trainable_module()
+    module.train()
+    for step in range(3):
+        module.zero_grad()
+        task(*make_batch(batch_size=4, size=48, seed=10 * step + rank))['loss'].backward()
+    torch.save({name: p.grad for name, p in module.named_parameters()}, f'{path}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_static_graph(tmp_path, probe):
+    """DDP finds the tensors in what the module returns, also where it looks for them with pytree."""
+    torch.multiprocessing.spawn(_static_worker, args=(free_port(), str(tmp_path), probe), nprocs=2)
+    first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
+    assert sum(gradient.abs().sum() for gradient in first.values()) > 0
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]), name
+
+
 def test_two_processes_equal_one(tmp_path, probe):
     """Two processes have the gradients of one on the joined batch, judge the same sites, and do not hang."""
     torch.multiprocessing.spawn(_worker, args=(free_port(), str(tmp_path), probe), nprocs=2)

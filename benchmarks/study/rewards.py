@@ -77,6 +77,11 @@ class StandardizedRecurrentCritic(RecurrentCritic):
     its samples alike. A batch of one is all zeros.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # a buffer, so that its weights are loaded into no critic that reads otherwise
+        self.register_buffer('standardized', torch.ones((), dtype=torch.bool))
+
     def inputs(self, state: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         x = super().inputs(state, attention)
         return (x - x.mean(0)) / (x.var(0, correction=0) + _EPS).sqrt()

@@ -4,7 +4,7 @@
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from dreal_timm.losses import actor_loss
 from dreal_timm.options import option
 from dreal_timm.probes.base import Probe, Rewards
 from dreal_timm.probes.taylor import Pending, TaylorProbe, first_order
+from dreal_timm.replay.batch_norms import Stats
 from dreal_timm.trainable import DrealTrainableModule, Judgement
 from study.actor_share import ActorShare
 from study.rewards import StandardizedCritic, StudyRule
@@ -62,17 +63,24 @@ class StudyConfig(DrealConfig):
             raise ValueError("actor='direct' raises rewards themselves, whose sum standardized ones would not change.")
 
 
-@dataclass
-class StudyJudgement(Judgement):
+class StudyJudgement(NamedTuple):
     """A judgement, and what the direct actor needs.
 
     Attributes:
+        output: See `Judgement`, as of all up to `inputs`.
         descriptors: What the map of each site was computed from, by its name.
         change: How the log-probability of the batch before changes to first order if a map is replaced by its mean,
             (B, L), with a graph to the attention parameters alone.
     """
-    descriptors: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
-    change: torch.Tensor | None = None
+    output: torch.Tensor
+    actor_quality: torch.Tensor
+    critic_quality: torch.Tensor
+    states: Mapping[str, torch.Tensor]
+    maps: Mapping[str, torch.Tensor]
+    norms: Mapping[str, Sequence[Stats]]
+    inputs: Mapping[str, torch.Tensor]
+    descriptors: Mapping[str, Sequence[torch.Tensor]]
+    change: torch.Tensor | None
 
 
 @dataclass
@@ -95,8 +103,8 @@ class StudyTrainable(DrealTrainableModule):
             earlier: tuple[
                 Mapping[str, Sequence[torch.Tensor]], Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]
             ] | None = None,
-    ) -> StudyJudgement:
-        """See `DrealTrainableModule.forward`.
+    ) -> Any:
+        """Return a `StudyJudgement`, see `DrealTrainableModule.forward`.
 
         Args:
             descriptors: Whether to return what maps were computed from.
@@ -105,7 +113,7 @@ class StudyTrainable(DrealTrainableModule):
         """
         judged = self.judged_pass(input, replay, saved, taps)
         return StudyJudgement(
-            **vars(self.judge(judged, pending)),
+            *self.judge(judged, pending),
             descriptors={name: one.descriptors for name, one in judged.readings.items()} if descriptors else {},
             change=None if earlier is None else self._change(*earlier))
 
@@ -155,7 +163,7 @@ class StudyTaylorProbe(TaylorProbe):
             return plain
         descriptors = {
             name: tuple(tensor.clone() if self.compiled else tensor for tensor in tensors)
-            for name, tensors in cast(StudyJudgement, judged).descriptors.items()}
+            for name, tensors in cast(Any, judged).descriptors.items()}
         return StudyPending(plain.states, plain.maps, taps, right, known, sites, descriptors=descriptors)
 
 
@@ -192,7 +200,7 @@ class StudyTask(DrealTask):
     def actor_loss(self, judged: Judgement, rewards: Rewards) -> torch.Tensor:
         if self.config.actor == 'critic':
             return super().actor_loss(judged, rewards)
-        change = cast(StudyJudgement, judged).change
+        change = cast(Any, judged).change
         if change is None:  # the first step of an epoch has no batch before it
             return judged.actor_quality.detach().sum() * 0
         wrong = 'measure' if self.config.wrong_samples == 'measure' else 'exclude'

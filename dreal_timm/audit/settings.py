@@ -24,6 +24,9 @@ class AuditSettings:
         device: Device; None takes an accelerator where there is one.
         seed: Seed of the draw of images and of the intervals.
         resamples: Bootstrap resamples.
+
+    Raises:
+        ValueError: There are no resamples.
     """
     dataset: str = ''
     split: str = 'validation'
@@ -37,3 +40,7 @@ class AuditSettings:
     device: torch.device | str | None = None
     seed: int = 0
     resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.resamples < 1:
+            raise ValueError(f'resamples: must be 1 or more, got {self.resamples}.')

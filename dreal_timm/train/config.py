@@ -1,5 +1,5 @@
 """Recipes: where they are found, and how one becomes a configuration"""
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,8 @@ __all__ = ['find_recipe', 'list_recipes', 'load_config', 'read_recipe', 'to_dict
 _Block = TypeVar('_Block')
 _BLOCKS = {'dreal', *blocks_of(DrealBlock)}  # which may stand without a key in them
 _MOVED = {
-    **{f'dreal.{key.name}': name for name, key in dotted_options(DrealBlock, 'dreal.').items() if name.count('.') == 2},
+    **{f'dreal.{key.name}': name for name, key in dotted_options(DrealBlock, 'dreal.').items()
+       if name.count('.') == 2 and key.name != 'private'},
     'dreal.push_private': 'dreal.hub.private',
 }
 
@@ -109,7 +110,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         name, equals, text = override.partition('=')
         if not equals or not name:
             raise ValueError(f"Expected key=value, got '{override}'.")
-        _check_moved(name)
+        if name.startswith('dreal.'):
+            _check_moved([name.removeprefix('dreal.')])
         is_text = name in known and known[name].type == 'str'
         if not text.strip() and not is_text:
             raise ValueError(f"'{override}' has no value; {name}=null is the default.")
@@ -136,12 +138,13 @@ def _asks_for_nothing(value: Any) -> bool:
     return value is None or value is False or value in ('', [], {})
 
 
-def _check_moved(name: str) -> None:
-    """Raise a ValueError about a key of `dreal:` that stands elsewhere now."""
-    if name in _MOVED:
-        raise ValueError(f"Key '{name}' moved to {_MOVED[name]}.")
-    if name.removeprefix('dreal.') in LEFT and name.startswith('dreal.'):
-        raise ValueError(f"Key '{name}' left the product; benchmarks/study has it.")
+def _check_moved(names: Iterable[str]) -> None:
+    """Raise a ValueError about all keys of `dreal:` that stand elsewhere now."""
+    names = list(names)
+    moved = [f"Key 'dreal.{name}' moved to {_MOVED[f'dreal.{name}']}." for name in names if f'dreal.{name}' in _MOVED]
+    left = [f"Key 'dreal.{name}' left the product; benchmarks/study has it." for name in names if name in LEFT]
+    if moved or left:
+        raise ValueError(' '.join([*moved, *left]))
 
 
 def _check_keys(values: Any, cls: type, where: str = '', lenient: bool = False) -> None:
@@ -156,7 +159,8 @@ def _check_keys(values: Any, cls: type, where: str = '', lenient: bool = False) 
         # timm writes all of its keys into args.yaml: those without a value, or with timm's own, ask for nothing
         if name in known or (lenient and _asks_for_nothing(value)):
             continue
-        _check_moved(f'{where}{name}')
+        if where == 'dreal.':
+            _check_moved(values)
         if not where and name in NOT_SUPPORTED:
             default, instead = NOT_SUPPORTED[name]
             if value == default:
@@ -172,7 +176,10 @@ def _build(cls: type[_Block], values: Mapping[str, Any], where: str = '') -> _Bl
         given[each.name] = convert(each, each.default if value is None and not each.nullable else value, where)
     for name, block in blocks_of(cls).items():
         given[name] = _build(block, values.get(name) or {}, f'{where}{name}.')
-    return cls(**given)
+    try:
+        return cls(**given)
+    except ValueError as error:  # options that contradict each other
+        raise ValueError(f'{where}{error}') from None
 
 
 def load_config(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
