@@ -15,9 +15,11 @@ import gpu_floors
 import gpu_report
 import pytest
 import torch
+from gpu_parts import loop
 from gpu_parts.machine import numbers
 from gpu_parts.record import Late, Record, write_json
 from gpu_parts.table import PARTS, REQUIRED, choose
+from small_run import write_images
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,8 +67,8 @@ def test_small_mode_runs_every_part(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = found_in(output)
     checks = {
-        'right.float32': 33, 'right.low_precision': 16, 'right.compiled': 2, 'right.distributed': 4, 'cost.eager': 0,
-        'loop': 0, 'runs': 4, 'rest': 2}
+        'right.float32': 33, 'right.bfloat16': 7, 'right.float16': 9, 'right.compiled': 2, 'right.distributed': 4,
+        'loop': 0, 'cost.eager': 0, 'runs': 4, 'rest': 2}
     assert set(found) == set(checks)
     for part in PARTS[:-1]:
         content = found[part.name]
@@ -211,9 +213,27 @@ def test_versions_are_compared_as_numbers():
     assert numbers('2.10.0rc1') > numbers('2.9')
 
 
+def test_parts_that_measure_no_time_run_side_by_side(monkeypatch):
+    """Where each has two cores; what measures time runs alone."""
+    monkeypatch.setattr(os, 'cpu_count', lambda: 16)
+    names = [[part.name for part in stage] for stage in gpu.stages(PARTS)]
+    assert names == [[part.name for part in PARTS[:5]], *([part.name] for part in PARTS[5:])]
+    monkeypatch.setattr(os, 'cpu_count', lambda: 8)
+    assert all(len(stage) == 1 for stage in gpu.stages(PARTS))
+
+
+def test_a_part_s_own_images_suffice_for_its_batch(tmp_path):
+    """The loop at its full size finds as many images as a batch of its recipe has."""
+    batch = torch.zeros(256, 3, 32, 32), torch.zeros(256, dtype=torch.long)
+    write_images(tmp_path / 'images', train=256)
+    run = loop.start('taylor', str(tmp_path), loop.Batches(batch, 2), True, torch.device('cpu'))
+    assert run.config.batch_size == 256
+
+
 def test_choice_of_parts():
-    """'right' names its four parts, and the order stays that of their worth."""
-    assert [part.name for part in choose(['cost', 'right'])] == [*(part.name for part in PARTS[:5]), 'cost.compiled']
+    """'right' names its five parts, and the order stays that of their worth."""
+    assert [part.name for part in choose(['cost', 'right'])] == [
+        *(part.name for part in PARTS[:5]), 'cost.eager', 'cost.compiled']
     assert choose(None) == list(PARTS)
 
 
