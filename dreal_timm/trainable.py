@@ -11,7 +11,8 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import nn
 
-from dreal_timm.attention.capture import JudgedPass, judged_pass, read_map, stack_readings, tap
+from dreal_timm.attention.capture import read_map, tap
+from dreal_timm.attention.judged_pass import JudgedPass, judged_pass, stack_readings
 from dreal_timm.attention.sites import Group, sites_of
 from dreal_timm.critic import Critic
 from dreal_timm.replay.batch_norms import Stats

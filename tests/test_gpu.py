@@ -19,7 +19,6 @@ from gpu_parts import loop
 from gpu_parts.machine import numbers
 from gpu_parts.record import Late, Record, write_json
 from gpu_parts.table import PARTS, REQUIRED, choose
-from small_run import write_images
 
 ROOT = Path(__file__).parent.parent
 
@@ -222,10 +221,10 @@ def test_parts_that_measure_no_time_run_side_by_side(monkeypatch):
     assert all(len(stage) == 1 for stage in gpu.stages(PARTS))
 
 
-def test_a_part_s_own_images_suffice_for_its_batch(tmp_path):
+def test_the_images_of_the_loop_suffice_for_its_batch(tmp_path):
     """The loop at its full size finds as many images as a batch of its recipe has."""
     batch = torch.zeros(256, 3, 32, 32), torch.zeros(256, dtype=torch.long)
-    write_images(tmp_path / 'images', train=256)
+    loop.prepare(str(tmp_path), 256)
     run = loop.start('taylor', str(tmp_path), loop.Batches(batch, 2), True, torch.device('cpu'))
     assert run.config.batch_size == 256
 

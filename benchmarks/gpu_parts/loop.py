@@ -56,6 +56,11 @@ class Watched(Batches):
             yield self.batch
 
 
+def prepare(folder: str, batch: int) -> None:
+    """Write the images of the recipe: it opens them, and a batch must be there, whatever the loader then gives."""
+    write_images(Path(folder, 'images'), train=-(-batch // 3))  # of each of three classes
+
+
 def start(kind: str, folder: str, loader: Batches, small: bool, device: torch.device) -> Run:
     """Return a run of a recipe whose images are those of the loader."""
     size = loader.batch[0].shape[-1]
@@ -169,7 +174,7 @@ def main(record: Record, device: torch.device, small: bool) -> None:
             record.run(f'{kind}.idle', partial(measure_idle, record, run, kind), seconds=5)
 
     with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder, 'images'), train=batch)  # a recipe's batch must be there
+        prepare(folder, batch)
         for kind in TASKS:
             names, left = _names(kind, device), record.left
             record.run(names, partial(one, kind, folder), seconds=max(5.0, longest))

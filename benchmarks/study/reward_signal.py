@@ -29,7 +29,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from dreal_timm import DrealTask, find_sites
-from dreal_timm.attention.capture import bypass, read_map, record, stack_readings, tap
+from dreal_timm.attention.capture import bypass, read_map, record, tap
+from dreal_timm.attention.judged_pass import stack_readings
 from dreal_timm.attention.sites import Group, attention_parameters, group_sites
 
 if not __package__:  # a script's path begins with its own folder; that of the other benchmarks is one up

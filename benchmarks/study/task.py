@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dreal_timm import DrealTask
-from dreal_timm.attention.capture import map_again, stack_maps
+from dreal_timm.attention.capture import map_again
+from dreal_timm.attention.judged_pass import stack_maps
 from dreal_timm.attention.sites import Group, Site, attention_parameters, sites_of
 from dreal_timm.config import DrealConfig
 from dreal_timm.losses import actor_loss

@@ -3,7 +3,7 @@
 Context managers that put hooks on a network and take them away again, whatever happens.
 """
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,11 @@ import torch
 from torch import nn
 
 from dreal_timm.attention.gates import on_map, second_map
-from dreal_timm.attention.readers import MapReader, map_size
+from dreal_timm.attention.readers import MapReader
 from dreal_timm.attention.sites import Group, Site, site_reader
-from dreal_timm.replay.batch_norms import Stats, record_norms
 from dreal_timm.replay.overrides import scratch_buffers
 
-__all__ = [
-    'JudgedPass', 'Reading', 'bypass', 'judged_pass', 'keep_inputs', 'map_again', 'nudge', 'read_map', 'record',
-    'replace', 'stack_maps', 'stack_readings', 'tap',
-]
+__all__ = ['Reading', 'bypass', 'keep_inputs', 'map_again', 'nudge', 'read_map', 'record', 'replace', 'tap']
 
 
 @dataclass(frozen=True)
@@ -222,82 +218,3 @@ def keep_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, to
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(on_input(name)).remove)
         yield kept
-
-
-def stack_maps(groups: Sequence[Group], maps: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the maps of each group, (B, L, *size), float32.
-
-    Args:
-        groups: Groups of attention sites.
-        maps: Map of each site, by its name, in the shape that its gate gives it.
-    """
-    stacked = {}
-    for group in groups:
-        names = [site.name for site in group.sites]
-        shape = (-1, 1, *map_size(group.kind, maps[names[0]].shape))
-        stacked[group.name] = torch.cat([maps[name].reshape(shape) for name in names], dim=1).float()
-    return stacked
-
-
-def stack_readings(
-        groups: Sequence[Group],
-        readings: Mapping[str, Reading],
-        maps: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return what the critics read: states (B, L, *judged_size) and maps (B, L, *size) of each group, float32.
-
-    Args:
-        groups: Groups of attention sites.
-        readings: What was recorded at each site, by its name.
-        maps: Map of each site, by its name, in the shape that its gate gives it.
-    """
-    stacked, states = stack_maps(groups, maps), {}
-    for group in groups:
-        size = stacked[group.name].shape[2:]
-        judged = (-1, 1, *(size if group.kind == 'spatial' else size[:1]))
-        states[group.name] = torch.cat(
-            [readings[site.name].state.reshape(judged) for site in group.sites], dim=1).float()
-    return states, stacked
-
-
-@dataclass(frozen=True)
-class JudgedPass:
-    """The forward pass whose maps the critics judge.
-
-    Attributes:
-        output: Logits, (B, K).
-        readings: What was recorded at each site, by its name.
-        norms: Mean and biased variance of each batch norm that used the batch's, by its name, one pair a call.
-        inputs: Inputs of modules, by their names.
-    """
-    output: torch.Tensor
-    readings: Mapping[str, Reading]
-    norms: Mapping[str, Sequence[Stats]]
-    inputs: Mapping[str, torch.Tensor]
-
-
-def judged_pass(
-        model: nn.Module,
-        sites: Sequence[Site],
-        input: torch.Tensor,
-        replay: bool = False,
-        saved: Sequence[str] = (),
-        within: AbstractContextManager[Any] | None = None,
-) -> JudgedPass:
-    """Run the network, and record what is judged and what counterfactual passes need.
-
-    Args:
-        model: The network.
-        sites: Sites whose readings are recorded.
-        input: Images, (B, C, H, W).
-        replay: Whether statistics of batch norms are recorded.
-        saved: Names of the modules whose inputs are saved.
-        within: A context that the network runs in.
-    """
-    with ExitStack() as stack:
-        readings = stack.enter_context(record(model, sites))
-        norms = stack.enter_context(record_norms(model)) if replay else {}
-        inputs = stack.enter_context(keep_inputs(model, saved))
-        stack.enter_context(within or nullcontext())
-        output = model(input)
-    return JudgedPass(output, readings, norms, inputs)

@@ -11,7 +11,8 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from dreal_timm.attention.capture import Reading, judged_pass, nudge, replace, stack_readings
+from dreal_timm.attention.capture import Reading, nudge, replace
+from dreal_timm.attention.judged_pass import judged_pass, stack_readings
 from dreal_timm.attention.readers import without_sites
 from dreal_timm.attention.sites import Group, Site, find_sites, group_sites
 from dreal_timm.critic import Critic
