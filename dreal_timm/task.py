@@ -20,7 +20,7 @@ from dreal_timm.attention.sites import Group, Site, attention_parameters, find_s
 from dreal_timm.config import DrealConfig
 from dreal_timm.critic import Critic
 from dreal_timm.losses import actor_loss, critic_loss, reduce_critic_loss
-from dreal_timm.probes.base import Probe, Rewards
+from dreal_timm.probes.base import Probe, ProbeSetup, Rewards
 from dreal_timm.probes.table import PROBES
 from dreal_timm.replay.batch_norms import check_probeable
 from dreal_timm.reward import RewardRule
@@ -120,7 +120,8 @@ class DrealTask(ClassificationTask):
             raise ValueError(without_sites(model))
         if input_size is None:
             input_size = get_model_input_config(model)['input_size']
-        self.probe = self.make_probe(model, sites, input_size)
+        self.probe = self.make_probe(
+            ProbeSetup(self.config, model, sites, self.criterion, self.reward_rule(), input_size))
         self.trainable_module: nn.Module = self.make_trainable(model, groups)
         # column of each site in what the critics return, and index of its group
         self._columns = {
@@ -139,10 +140,9 @@ class DrealTask(ClassificationTask):
         """Return how a reward is made of a change of log-probability."""
         return RewardRule(self.config.gamma, self.config.reward_clip)
 
-    def make_probe(self, model: nn.Module, sites: Sequence[Site], input_size: Sequence[int]) -> Probe:
+    def make_probe(self, setup: ProbeSetup) -> Probe:
         """Return what measures the rewards of the network's sites."""
-        return PROBES[self.config.probe].build(
-            self.config, model, sites, self.criterion, self.reward_rule(), input_size)
+        return PROBES[self.config.probe].build(setup)
 
     def make_trainable(self, model: nn.Module, groups: Sequence[Group]) -> DrealTrainableModule:
         """Return the network and its critic in one module."""

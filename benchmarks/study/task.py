@@ -12,11 +12,11 @@ from torch import nn
 from dreal_timm import DrealTask
 from dreal_timm.attention.capture import map_again
 from dreal_timm.attention.judged_pass import stack_maps
-from dreal_timm.attention.sites import Group, Site, attention_parameters, sites_of
+from dreal_timm.attention.sites import Group, attention_parameters, sites_of
 from dreal_timm.config import DrealConfig
 from dreal_timm.losses import actor_loss
 from dreal_timm.options import option
-from dreal_timm.probes.base import Probe, Rewards
+from dreal_timm.probes.base import Probe, ProbeSetup, Rewards
 from dreal_timm.probes.taylor import Pending, TaylorProbe, first_order
 from dreal_timm.replay.batch_norms import Stats
 from dreal_timm.trainable import DrealTrainableModule, Judgement
@@ -183,11 +183,10 @@ class StudyTask(DrealTask):
         return StudyRule(
             config.gamma, config.reward_clip, config.reward_form, config.wrong_samples, config.reward_standardized)
 
-    def make_probe(self, model: nn.Module, sites: Sequence[Site], input_size: Sequence[int]) -> Probe:
+    def make_probe(self, setup: ProbeSetup) -> Probe:
         if self.config.probe != 'taylor':
-            return super().make_probe(model, sites, input_size)
-        probe = StudyTaylorProbe.build(
-            self.config, model, sites, self.criterion, self.reward_rule(), input_size)
+            return super().make_probe(setup)
+        probe = StudyTaylorProbe.build(setup)
         assert isinstance(probe, StudyTaylorProbe)
         probe.drawn_alone = self.config.taylor_sites == 'drawn'
         probe.direct = self.config.actor == 'direct'

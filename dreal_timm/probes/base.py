@@ -15,7 +15,7 @@ from dreal_timm.config import DrealConfig
 from dreal_timm.reward import RewardRule, is_correct, target_class
 from dreal_timm.trainable import DrealTrainableModule, Judgement
 
-__all__ = ['Probe', 'Rewards']
+__all__ = ['Probe', 'ProbeSetup', 'Rewards']
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,31 @@ class Rewards:
     sites: Sequence[Site]
     values: torch.Tensor
     right: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ProbeSetup:
+    """What a probe is built from.
+
+    Attributes:
+        config: Options of the task.
+        model: The network.
+        sites: Its attention sites, in the order in which they run.
+        criterion: The class loss.
+        rule: How a reward is made of a change of log-probability.
+        input_size: (C, H, W) of an image.
+    """
+    config: DrealConfig
+    model: nn.Module
+    sites: Sequence[Site]
+    criterion: nn.Module | Callable
+    rule: RewardRule
+    input_size: Sequence[int]
+
+    @property
+    def ignored(self) -> int | None:
+        """Label of samples that the loss ignores."""
+        return getattr(self.criterion, 'ignore_index', None)
 
 
 class Probe(ABC):
@@ -52,24 +77,8 @@ class Probe(ABC):
 
     @classmethod
     @abstractmethod
-    def build(
-            cls,
-            config: DrealConfig,
-            model: nn.Module,
-            sites: Sequence[Site],
-            criterion: nn.Module | Callable,
-            rule: RewardRule,
-            input_size: Sequence[int],
-    ) -> 'Probe':
+    def build(cls, setup: ProbeSetup) -> 'Probe':
         """Make the probe of a task.
-
-        Args:
-            config: Options of the task.
-            model: The network.
-            sites: Its attention sites, in the order in which they run.
-            criterion: The class loss.
-            rule: How a reward is made of a change of log-probability.
-            input_size: (C, H, W) of an image.
 
         Raises:
             ValueError: The probe does not go with this loss.

@@ -7,7 +7,7 @@ Shape letters: B batch, K classes, G groups, P probed sites.
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,8 +17,7 @@ from torch import nn
 
 from dreal_timm.attention.capture import keep_inputs
 from dreal_timm.attention.sites import Group, Site, group_sites
-from dreal_timm.config import DrealConfig
-from dreal_timm.probes.base import Probe, Rewards
+from dreal_timm.probes.base import Probe, ProbeSetup, Rewards
 from dreal_timm.probes.entry_points import Flow, trace_flow
 from dreal_timm.probes.passes import RecordedPass, counterfactual, log_probabilities, null_noise
 from dreal_timm.probes.restart import Restart
@@ -60,18 +59,10 @@ class CounterfactualProbe(Probe):
         self._noise_logged = False
 
     @classmethod
-    def build(
-            cls,
-            config: DrealConfig,
-            model: nn.Module,
-            sites: Sequence[Site],
-            criterion: nn.Module | Callable,
-            rule: RewardRule,
-            input_size: Sequence[int],
-    ) -> 'CounterfactualProbe':
-        dtype = None if config.probe_dtype is None else torch.float32
-        flow = trace_flow(model, sites, input_size)
-        return cls(group_sites(sites), rule, flow, dtype, config.seed or 0, getattr(criterion, 'ignore_index', None))
+    def build(cls, setup: ProbeSetup) -> 'CounterfactualProbe':
+        dtype = None if setup.config.probe_dtype is None else torch.float32
+        flow = trace_flow(setup.model, setup.sites, setup.input_size)
+        return cls(group_sites(setup.sites), setup.rule, flow, dtype, setup.config.seed or 0, setup.ignored)
 
     def __call__(
             self,

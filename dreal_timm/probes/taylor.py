@@ -16,9 +16,8 @@ import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, PolyCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from dreal_timm.attention.sites import Group, Site, find_sites, group_sites, sites_of
-from dreal_timm.config import DrealConfig
-from dreal_timm.probes.base import Probe, Rewards
+from dreal_timm.attention.sites import Group, find_sites, group_sites, sites_of
+from dreal_timm.probes.base import Probe, ProbeSetup, Rewards
 from dreal_timm.probes.passes import log_probabilities
 from dreal_timm.reward import RewardRule, is_correct
 from dreal_timm.trainable import DrealTrainableModule, Judgement
@@ -179,17 +178,9 @@ class TaylorProbe(Probe):
         self._sizes: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
 
     @classmethod
-    def build(
-            cls,
-            config: DrealConfig,
-            model: nn.Module,
-            sites: Sequence[Site],
-            criterion: nn.Module | Callable,
-            rule: RewardRule,
-            input_size: Sequence[int],
-    ) -> 'TaylorProbe':
-        ignored = getattr(criterion, 'ignore_index', None)
-        return cls(group_sites(sites), rule, criterion, config.taylor_target, ignored)
+    def build(cls, setup: ProbeSetup) -> 'TaylorProbe':
+        return cls(
+            group_sites(setup.sites), setup.rule, setup.criterion, setup.config.taylor_target, setup.ignored)
 
     def _taps(self, model: nn.Module, input: torch.Tensor) -> dict[str, torch.Tensor]:
         """Zero leaf tensors of the shapes of all maps of a batch, (B, L, *size), float32 or wider, by group."""
